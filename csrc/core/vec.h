@@ -1,0 +1,181 @@
+// Vectors of floats as wide as the instruction set that a file is compiled for, by the compiler's vector extension: one
+// source for every set. Loads and stores convert from and to bfloat16 by integer shifts, so no bfloat16 instruction is needed.
+// NOTE: everything lives in a namespace named after the set: two files never share an inline function across sets.
+#pragma once
+#ifndef MPLUG2_ISA
+#error "define MPLUG2_ISA as baseline, avx2 or avx512 before including core/vec.h"
+#endif
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#include "core/bf16.h"
+
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed between inlined functions only
+
+#define MPLUG2_INLINE inline __attribute__((always_inline))
+
+namespace mplug2::MPLUG2_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef int32_t VecInt __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t VecBits __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t VecHalf __attribute__((vector_size(2 * kLanes)));
+
+MPLUG2_INLINE Vec splat(float value) { return Vec{} + value; }
+
+// ---- loads and stores: a whole vector, or the first `count` lanes of one --------------------------------------------
+struct Whole {
+  static constexpr int count = kLanes;
+};
+struct Part {
+  int count;
+};
+
+MPLUG2_INLINE Vec load(const float* p, Whole) {
+  Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+MPLUG2_INLINE Vec widen(VecHalf half) { return reinterpret_cast<Vec>(__builtin_convertvector(half, VecBits) << 16); }
+MPLUG2_INLINE Vec load(const Bf16* p, Whole) {
+  VecHalf half;
+  std::memcpy(&half, p, sizeof half);
+  return widen(half);
+}
+MPLUG2_INLINE void store(float* p, Vec v, Whole) { std::memcpy(p, &v, sizeof v); }
+// Round to nearest even; a NaN keeps its sign and becomes quiet (adding the rounding term could carry it to infinity).
+MPLUG2_INLINE VecHalf narrow(Vec v) {
+  const VecBits bits = reinterpret_cast<VecBits>(v);
+  const VecBits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return __builtin_convertvector(v == v ? rounded : (bits >> 16) | 0x40, VecHalf);
+}
+MPLUG2_INLINE void store(Bf16* p, Vec v, Whole) {
+  const VecHalf half = narrow(v);
+  std::memcpy(p, &half, sizeof half);
+}
+template <class T>
+MPLUG2_INLINE Vec load(const T* p, Part part) {
+  T lanes[kLanes] = {};
+  std::memcpy(lanes, p, part.count * sizeof(T));
+  return load(lanes, Whole{});
+}
+template <class T>
+MPLUG2_INLINE void store(T* p, Vec v, Part part) {
+  T lanes[kLanes];
+  store(lanes, v, Whole{});
+  std::memcpy(p, lanes, part.count * sizeof(T));
+}
+
+// f(i, lanes) for i = 0, kLanes, ... below n; `lanes` is Whole, and Part at the end if n is no multiple of kLanes.
+template <class F>
+MPLUG2_INLINE void for_lanes(int64_t n, F f) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) f(i, Whole{});
+  if (i < n) f(i, Part{static_cast<int>(n - i)});
+}
+
+// Lanes that are no part of the row, set to `value`.
+MPLUG2_INLINE Vec keep(Vec v, Whole, float) { return v; }
+MPLUG2_INLINE Vec keep(Vec v, Part part, float value) {
+  for (int i = part.count; i < kLanes; ++i) v[i] = value;
+  return v;
+}
+
+MPLUG2_INLINE float sum(Vec v) {
+  float lanes[kLanes];
+  std::memcpy(lanes, &v, sizeof v);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+MPLUG2_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+MPLUG2_INLINE float largest(Vec v) {
+  float top = v[0];
+  for (int i = 1; i < kLanes; ++i) top = v[i] > top ? v[i] : top;
+  return top;
+}
+
+// ---- functions -----------------------------------------------------------------------------------------------------
+// 2^n e^r with r in +- ln 2 / 2: Taylor to degree 7, relative error below 1e-7; 0 below -87.3, infinity above 88.7.
+MPLUG2_INLINE Vec exp(Vec x) {
+  const Vec shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the rounded integer
+  const Vec n = shifted - 12582912.0f;
+  const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts: the first product is exact
+  Vec p = splat(1.0f / 5040);
+  p = p * r + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const Vec scaled = reinterpret_cast<Vec>(reinterpret_cast<VecBits>(p) + (reinterpret_cast<VecBits>(shifted) << 23));
+  Vec y = x < -87.33f ? Vec{} : scaled;
+  y = x > 88.72f ? splat(__builtin_inff()) : y;
+  return x == x ? y : x;
+}
+
+MPLUG2_INLINE Vec reciprocal(Vec x) {
+#if defined(__AVX512F__)
+  // A 14-bit estimate and one Newton step: a third of the time of a division. An estimate of 0 or infinity is final.
+  const Vec estimate = reinterpret_cast<Vec>(_mm512_maskz_rcp14_ps(0xffff, reinterpret_cast<__m512>(x)));
+  const Vec refined = estimate * (2.0f - x * estimate);
+  return refined == refined ? refined : estimate;
+#else
+  return 1.0f / x;
+#endif
+}
+
+MPLUG2_INLINE Vec sigmoid(Vec x) { return reciprocal(1.0f + exp(-x)); }
+
+MPLUG2_INLINE Vec quick_gelu(Vec x) {
+  const Vec y = x * sigmoid(1.702f * x);
+  return x < -60.0f ? Vec{} : y;  // not -inf * 0
+}
+MPLUG2_INLINE Vec clamp(Vec x, float bound) { return x > bound ? splat(bound) : x < -bound ? splat(-bound) : x; }
+MPLUG2_INLINE Vec quick_gelu_slope(Vec x) {
+  x = clamp(x, 60.0f);  // constant beyond; not infinity times 0
+  const Vec s = sigmoid(1.702f * x);
+  return s * (1.0f + 1.702f * x * (1.0f - s));
+}
+
+// x P(x^2) / Q(x^2) on [-4, 4], relative error 6.5e-8 (our least-squares fit); +-1 beyond.
+MPLUG2_INLINE Vec erf(Vec x) {
+  const Vec bounded = clamp(x, 4.0f);
+  const Vec u = bounded * bounded;
+  Vec p = splat(1.9111029203600083e-08f);
+  p = p * u - 1.942322796821827e-06f;
+  p = p * u + 1.4728703536093235e-04f;
+  p = p * u + 3.990582190454006e-03f;
+  p = p * u + 5.152490362524986e-02f;
+  p = p * u + 2.0712539553642273e-01f;
+  p = p * u + 1.1283791065216064f;
+  Vec q = splat(1.0211160406470299e-03f);
+  q = q * u + 1.4958084560930729e-02f;
+  q = q * u + 1.1797080934047699e-01f;
+  q = q * u + 5.16891360282898e-01f;
+  q = q * u + 1.0f;
+  return bounded * p / q;
+}
+MPLUG2_INLINE Vec gelu(Vec x) {
+  const Vec y = 0.5f * x * (1.0f + erf(x * 0.70710678f));
+  return x < -60.0f ? Vec{} : y;
+}
+MPLUG2_INLINE Vec gelu_slope(Vec x) {
+  x = clamp(x, 60.0f);
+  return 0.5f * (1.0f + erf(x * 0.70710678f)) + x * 0.39894228f * exp(-0.5f * x * x);
+}
+
+}  // namespace mplug2::MPLUG2_ISA

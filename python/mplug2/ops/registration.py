@@ -1,0 +1,96 @@
+"""The Python half of an op: its reference, fake, autograd and autocast rule, registered beside the C++ schema and kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from mplug2 import _library
+
+_library.load_ops()
+
+DEVICES = ("cpu", "cuda")
+LOW, FULL, AS_GIVEN = "low", "full", "as given"  # autocast rules: the context's dtype, float32, no change
+
+_devices: dict[str, frozenset[str]] = {}  # of every registered op, the devices that have a compiled kernel
+
+
+def register(
+    name: str,
+    *,
+    reference: Callable,
+    fake: Callable,
+    backward: Callable | None = None,
+    setup_context: Callable | None = None,
+    autocast: str = AS_GIVEN,
+) -> Callable:
+    """Complete the op `mplug2::<name>` and return it, ready to be called.
+
+    `reference` runs on devices without a kernel, and on the CPU where the kernel calls `mplug2::<name>_reference`.
+    `backward` and `setup_context` are those of `torch.library.register_autograd`. Under autocast floating point arguments are cast
+    by the rule, and products inside are left alone: a kernel reads what it asked for.
+    """
+    qualified = f"mplug2::{name}"
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    _devices[name] = frozenset(device for device in DEVICES if has(qualified, device.upper()))
+    for target in (qualified, f"{qualified}_reference"):
+        torch.library.impl(target, "CompositeExplicitAutograd", reference)
+        torch.library.register_fake(target, fake)
+    if backward is not None:
+        torch.library.register_autograd(qualified, backward, setup_context=setup_context)
+    op = getattr(torch.ops.mplug2, name).default
+    for device in DEVICES:
+        _register_autocast(op, device, autocast)
+    return op
+
+
+def _register_autocast(op: torch._ops.OpOverload, device: str, rule: str) -> None:
+    key = f"Autocast{device.upper()}"
+    off = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def kernel(*args):
+        if rule != AS_GIVEN:
+            dtype = torch.float32 if rule == FULL else torch.get_autocast_dtype(device)
+            args = [_cast(arg, dtype) for arg in args]
+        with torch._C._ExcludeDispatchKeyGuard(off):
+            return op(*args)
+
+    torch.library.impl(op.name(), key, kernel)
+
+
+def _cast(arg: object, dtype: torch.dtype) -> object:
+    """PyTorch's own rule: floating point tensors but float64 ones."""
+    if isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype != torch.float64:
+        return arg.to(dtype)
+    return arg
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether a backward pass may follow: then an op keeps what its backward kernel reads."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def has_kernel(name: str, tensor: Tensor) -> bool:
+    """Whether a compiled kernel of the op serves the device of `tensor` (else its reference does)."""
+    return tensor.device.type in _devices[name]
+
+
+def layers() -> list[tuple[str, str, str]]:
+    """For every op: its name, the layer that would run it on this machine, and why."""
+    isa = torch.ops.mplug2_cpu.instruction_set()
+    products = (
+        "bfloat16 multiplied in hardware"
+        if torch.ops.mplug2_cpu.has_bf16_products()
+        else "bfloat16 multiplied in float32, as this CPU has no bfloat16 products"
+    )
+    kernel = f"float32 and bfloat16 by the compiled kernel, {products}; other dtypes and devices by the reference"
+    return [
+        (name, f"cpu {isa}" if "cpu" in devices else "reference", kernel if "cpu" in devices else "no compiled kernel")
+        for name, devices in _devices.items()
+    ]
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"

@@ -1,0 +1,77 @@
+"""Shared decoder: causal self-attention, cross-attention to the context, feed-forward, tied LM head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from mplug2.config import DecoderConfig, TextConfig
+from mplug2.modules.heads import LmHead
+from mplug2.modules.layers import Embeddings, KeyValue, TransformerLayer
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the decoder attends to, projected once: keys and values of every layer and their mask (B, K)."""
+
+    layers: list[KeyValue]
+    mask: Tensor | None = None
+
+    def __len__(self) -> int:
+        """Number of items B."""
+        return self.layers[0][0].shape[0]
+
+    def select(self, items: Tensor) -> Context:
+        """The context of some items, one row per index; copies."""
+        layers = [(k[items], v[items]) for k, v in self.layers]
+        return Context(layers, None if self.mask is None else self.mask[items])
+
+
+class Decoder(nn.Module):
+    """Ids (B*G, S) and the context of B items -> states (B*G, S, D); G consecutive rows read one item's context."""
+
+    def __init__(
+        self, config: DecoderConfig, text: TextConfig, *, word: nn.Embedding | None = None, dropout: float = 0.0
+    ):
+        super().__init__()
+        self.start_id, self.end_id = config.start_id, config.end_id
+        self.embeddings = Embeddings(text, word=word, dropout=dropout)
+        self.layers = nn.ModuleList(
+            TransformerLayer(text.width, text.num_heads, text.mlp_width, has_cross_attention=True, dropout=dropout)
+            for _ in range(config.num_layers)
+        )
+        self.head = LmHead(text)
+
+    def project(self, tokens: Tensor, mask: Tensor | None = None) -> Context:
+        """Keys and values of all layers for context tokens (B, K, D)."""
+        return Context([layer.cross_attention.project(tokens) for layer in self.layers], mask)
+
+    def forward(
+        self, ids: Tensor, context: Context, *, mask: Tensor | None = None, causal: bool = True, cache=None
+    ) -> Tensor:
+        x = self.embeddings(ids, start=0 if cache is None else cache.length)
+        # Behind cached tokens a single new one sees every key: no mask is needed.
+        causal = causal and ids.shape[1] > 1
+        for i, layer in enumerate(self.layers):
+            x = layer(
+                x,
+                key_mask=mask,
+                causal=causal,
+                cache=None if cache is None else cache.layers[i],
+                context=context.layers[i],
+                context_mask=context.mask,
+            )
+        return x
+
+    def logits(self, states: Tensor) -> Tensor:
+        """(..., D) -> (..., V)."""
+        return self.head.logits(states, self.embeddings.word.weight)
+
+    def loss(self, ids: Tensor, context: Context, labels: Tensor, *, reduction: str = "mean") -> Tensor:
+        """Cross-entropy of labels (R, S), -100 ignored, each predicted from the ids before it.
+
+        "mean" over all labels, or "row": the sum over each row (R,).
+        """
+        states = self(ids, context, mask=ids != 0)[:, :-1]
+        return self.head.loss(states, self.embeddings.word.weight, labels[:, 1:], reduction=reduction)

@@ -1,0 +1,144 @@
+"""Post-norm transformer layer (BERT) of which the language modules are made, and its parts.
+
+    x = LN(x + self_attention(x));  x = LN(x + cross_attention(x, context));  x = LN(x + mlp(x))
+
+The context enters as projected keys and values, so that whoever decodes projects it once and shares it between beams.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mplug2 import ops
+
+KeyValue = tuple[Tensor, Tensor]  # keys and values, each (B, K, N, H)
+
+
+class Block(nn.Module):
+    """A block whose activations can be computed again in the backward instead of being kept."""
+
+    recompute = False
+
+    def __call__(self, *args, **kwargs):
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(super().__call__, *args, use_reentrant=False, **kwargs)
+        return super().__call__(*args, **kwargs)
+
+
+class Linear(nn.Linear):
+    """y = activation(x W^T + b) + residual through `ops.linear`."""
+
+    def forward(self, x: Tensor, *, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
+        return ops.linear(x, self.weight, self.bias, activation=activation, residual=residual)
+
+
+class AddLayerNorm(nn.LayerNorm):
+    """LN(x + residual) through `ops.add_layer_norm`."""
+
+    def __init__(self, width: int, eps: float = 1e-12):
+        super().__init__(width, eps=eps)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        normed, _ = ops.add_layer_norm(x, residual, self.weight, self.bias, eps=self.eps)
+        return normed
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with one packed projection; x (R, S, D). A cache adds the keys of earlier tokens."""
+
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = Linear(width, 3 * width)
+        self.out = Linear(width, width)
+
+    def forward(self, x: Tensor, *, key_mask: Tensor | None = None, causal: bool = False, cache=None) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        return self.out(ops.attention(q, k, v, key_mask=key_mask, causal=causal).flatten(2))
+
+
+class CrossAttention(nn.Module):
+    """Attention of x (B*G, S, D) over the keys and values of a context (B, K, D): G consecutive rows share one item."""
+
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.query = Linear(width, width)
+        self.key_value = Linear(width, 2 * width)
+        self.out = Linear(width, width)
+
+    def project(self, context: Tensor) -> KeyValue:
+        k, v = self.key_value(context).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
+        return k, v
+
+    def forward(self, x: Tensor, context: KeyValue, *, key_mask: Tensor | None = None) -> Tensor:
+        q = self.query(x).unflatten(-1, (self.num_heads, -1))
+        return self.out(ops.attention(q, *context, key_mask=key_mask).flatten(2))
+
+
+class Mlp(nn.Module):
+    """down(gelu(up(x))) with the exact (erf) GELU."""
+
+    def __init__(self, width: int, mlp_width: int):
+        super().__init__()
+        self.up = Linear(width, mlp_width)
+        self.down = Linear(mlp_width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x, activation="gelu"))
+
+
+class TransformerLayer(Block):
+    """One post-norm layer; built with cross-attention only where a context is attended to."""
+
+    def __init__(self, width: int, num_heads: int, mlp_width: int, *, has_cross_attention: bool, dropout: float = 0.0):
+        super().__init__()
+        self.self_attention = SelfAttention(width, num_heads)
+        self.self_norm = AddLayerNorm(width)
+        if has_cross_attention:
+            self.cross_attention = CrossAttention(width, num_heads)
+            self.cross_norm = AddLayerNorm(width)
+        self.mlp = Mlp(width, mlp_width)
+        self.mlp_norm = AddLayerNorm(width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        causal: bool = False,
+        cache=None,
+        context: KeyValue | None = None,
+        context_mask: Tensor | None = None,
+    ) -> Tensor:
+        y = self.self_attention(x, key_mask=key_mask, causal=causal, cache=cache)
+        x = self.self_norm(self.dropout(y), x)
+        if context is not None:
+            y = self.cross_attention(x, context, key_mask=context_mask)
+            x = self.cross_norm(self.dropout(y), x)
+        return self.mlp_norm(self.dropout(self.mlp(x)), x)
+
+
+class Embeddings(nn.Module):
+    """LN(word + position + token type): ids (B, S) -> (B, S, D). `word` may be a table that another module owns too."""
+
+    def __init__(self, config, *, word: nn.Embedding | None = None, dropout: float = 0.0):
+        super().__init__()
+        # NOTE: piece 0 is [PAD]; its row gets no gradient from the look-up (it does from a tied output layer).
+        self.word = nn.Embedding(config.vocab_size, config.width, padding_idx=0) if word is None else word
+        self.position = nn.Embedding(config.max_positions, config.width)
+        self.token_type = nn.Embedding(config.num_token_types, config.width)
+        self.norm = nn.LayerNorm(config.width, eps=1e-12)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, ids: Tensor, *, token_types: Tensor | None = None, start: int = 0) -> Tensor:
+        length = start + ids.shape[1]
+        if length > self.position.num_embeddings:
+            raise ValueError(f"text has {length} word pieces, the position table {self.position.num_embeddings}")
+        types = self.token_type.weight[0] if token_types is None else self.token_type(token_types)
+        return self.dropout(self.norm(self.word(ids) + self.position.weight[start:length] + types))

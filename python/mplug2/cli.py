@@ -1,0 +1,344 @@
+"""The command line: results on stdout, talk on stderr, one bad file never stops the others."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import Progress
+
+from mplug2.tasks import captioning, question_answering
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False,
+    help="Caption and question videos and images with mPLUG-2.",
+)  # fmt: skip
+talk = Console(stderr=True)
+
+
+class Dtype(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+Files = Annotated[list[str], typer.Argument(help="Videos or images.", show_default=False)]
+ModelName = Annotated[str, typer.Option("--model", help="nano, base, large, or a model folder.")]
+Weights = Annotated[str | None, typer.Option(help="A released mPLUG2_*.pth, or a model folder.", show_default=False)]
+RandomWeights = Annotated[bool, typer.Option("--random-weights", help="Untrained weights, to try speed and memory.")]
+Seed = Annotated[int, typer.Option(help="Seed of random weights and of sampling.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+DtypeOption = Annotated[Dtype, typer.Option(help="Number format of weights and activations.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object per line.")]
+
+
+@app.callback()
+def main_options(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr.")] = False) -> None:
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(message)s",
+        handlers=[RichHandler(console=talk, show_path=False, show_time=False)],
+    )
+
+
+@app.command()
+def caption(
+    files: Files,
+    model: ModelName = "nano",
+    weights: Weights = None,
+    random_weights: RandomWeights = False,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: DtypeOption = Dtype.float32,
+    prompt: Annotated[str, typer.Option(help="Words every caption starts with.")] = "",
+    num_captions: Annotated[int, typer.Option(min=1, help="Captions per file, best first.")] = 1,
+    beam_size: Annotated[int, typer.Option(min=1, help="Beams; 1 is greedy.")] = 5,
+    min_length: Annotated[int, typer.Option(min=0, help="Word pieces at least.")] = 4,
+    max_length: Annotated[int, typer.Option(min=1, help="Word pieces at most.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Caption videos and images.
+
+    Examples:
+
+    `mplug2 caption clip.mp4`
+
+    `mplug2 caption --json --model large --weights mPLUG2_MSRVTT_Caption.pth *.mp4 > captions.jsonl`
+    """
+    loaded = _model(model, captioning.TASKS, weights, random_weights, seed, device, dtype)
+
+    def run(file: str) -> list[dict]:
+        found = loaded.caption(
+            [file], return_scores=True, num_captions=num_captions, prompt=prompt, beam_size=beam_size,
+            min_length=min_length, max_length=max_length,
+        )[0]  # fmt: skip
+        found = found if num_captions > 1 else [found]
+        return [{"file": file, "caption": text, "score": score} for text, score in found]
+
+    _each(files, run, "caption", as_json)
+
+
+@app.command()
+def ask(
+    file: Annotated[str, typer.Argument(help="A video or an image.", show_default=False)],
+    questions: Annotated[list[str], typer.Argument(help="One or several questions.", show_default=False)],
+    model: ModelName = "nano",
+    weights: Weights = None,
+    random_weights: RandomWeights = False,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: DtypeOption = Dtype.float32,
+    answers: Annotated[
+        Path | None, typer.Option(help="A text file with one answer per line to choose from.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Answer questions about a video or an image.
+
+    Examples:
+
+    `mplug2 ask clip.mp4 "what is it?" "what does it do?"`
+
+    `mplug2 ask --json --model large --weights mPLUG2_MSRVTT_QA.pth clip.mp4 "who is singing?" --answers answers.txt`
+    """
+    choices = _lines(answers) if answers else None
+    loaded = _model(model, question_answering.TASKS, weights, random_weights, seed, device, dtype)
+
+    def run(file: str) -> list[dict]:
+        found = loaded.answer(file, questions, return_scores=True, answers=choices)
+        asked = [{"question": question} if len(questions) > 1 else {} for question in questions]
+        return [
+            {"file": file, **question, "answer": answer, "score": score}
+            for question, (answer, score) in zip(asked, found, strict=True)
+        ]
+
+    _each([file], run, "answer", as_json)
+
+
+@app.command()
+def embed(
+    files: Annotated[list[str] | None, typer.Argument(help="Videos or images.", show_default=False)] = None,
+    texts: Annotated[list[str] | None, typer.Option("--text", help="A text to embed.", show_default=False)] = None,
+    normalize: Annotated[bool, typer.Option("--normalize", help="Unit length.")] = False,
+    model: ModelName = "nano",
+    weights: Weights = None,
+    random_weights: RandomWeights = False,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: DtypeOption = Dtype.float32,
+) -> None:
+    """Pooled features of videos, images and texts, one JSON object per line.
+
+    Example:
+
+    `mplug2 embed --normalize clip.mp4 --text "a red sneaker" > features.jsonl`
+    """
+    loaded = _model(model, ["feature-extraction"], weights, random_weights, seed, device, dtype)
+
+    def run(file: str) -> list[dict]:
+        return [{"file": file, "embedding": loaded.encode_video(file, normalize=normalize)[0].tolist()}]
+
+    for text in texts or ():
+        features = loaded.encode_text(text, normalize=normalize)[0].tolist()
+        print(json.dumps({"text": text, "embedding": features}), flush=True)
+    _each(files or (), run, "embedding", as_json=True)
+
+
+@app.command()
+def convert(
+    released: Annotated[Path, typer.Argument(help="A released mPLUG2_*.pth.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="The model folder to write.", show_default=False)],
+    model: Annotated[str, typer.Option("--model", help="Its sizes: base, large, or a config.json.")] = "large",
+    task: Annotated[list[str] | None, typer.Option(help="Its tasks [default: video-captioning].")] = None,
+    dtype: DtypeOption = Dtype.float32,
+) -> None:
+    """Turn a released checkpoint into a model folder (config.json, vocab.txt, model.safetensors).
+
+    Example:
+
+    `mplug2 convert mPLUG2_MSRVTT_QA.pth msrvtt-qa --task video-qa --dtype bfloat16`
+    """
+    import torch
+
+    from mplug2.model import create_model
+
+    loaded = _or_exit(
+        lambda: create_model(
+            model, task=task or ["video-captioning"], weights=released, dtype=getattr(torch, dtype.value)
+        )
+    )
+    talk.print(f"{released}: {loaded.load_report}")
+    _or_exit(lambda: loaded.save(folder))
+    talk.print(f"wrote {folder}")
+
+
+PICTURES = "Folder of the Fashion-MNIST idx files; Debian has them in the package dataset-fashion-mnist."
+
+
+@app.command()
+def draw(
+    folder: Annotated[Path, typer.Argument(help="The data folder to write.", show_default=False)],
+    pictures: Annotated[Path, typer.Option(help=PICTURES, show_default=False)],
+    num_clips: Annotated[int, typer.Option(min=1, help="Clips to draw.")] = 1000,
+    split: Annotated[str, typer.Option(help="Pictures to draw from: train or test.")] = "test",
+    triples: Annotated[str, typer.Option(help="Item, color and motion together: all, trained or untrained.")] = "all",
+    seed: Annotated[int, typer.Option(help="Decides every clip.")] = 0,
+) -> None:
+    """Draw clips of moving clothes: mp4 files, captions.jsonl and answers.jsonl, as `mplug2 evaluate` reads them.
+
+    Example:
+
+    `mplug2 draw clips --pictures /usr/share/datasets/fashion-mnist --num-clips 1000`
+    """
+    from mplug2.data.clothes.folder import write_folder
+
+    options = {"split": split, "triples": triples, "num_clips": num_clips, "seed": seed}
+    _or_exit(lambda: write_folder(folder, pictures, **options))
+    talk.print(f"wrote {folder}")
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, such as recipes/nano.toml.", show_default=False)],
+    pictures: Annotated[Path, typer.Option(help=PICTURES, show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder for models, log and checkpoint.", show_default=False)],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")] = False,
+) -> None:
+    """Train a model by a recipe; the same recipe and pictures give the same weights.
+
+    Example:
+
+    `mplug2 train recipes/nano.toml --pictures /usr/share/datasets/fashion-mnist --out runs/nano`
+    """
+    from mplug2.training.recipe import read_recipe
+    from mplug2.training.train import train as run
+
+    folder = _or_exit(lambda: run(read_recipe(recipe), pictures, out, resume=resume))
+    talk.print(f"wrote {folder}; try it: mplug2 caption --model {folder} clip.mp4", markup=False)
+
+
+@app.command()
+def evaluate(
+    task: Annotated[str, typer.Argument(help="video-captioning or video-qa.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="Videos with captions.jsonl or answers.jsonl.", show_default=False)],
+    metric: Annotated[str | None, typer.Option(help="accuracy or clothes.", show_default=False)] = None,
+    predictions: Annotated[Path | None, typer.Option(help="JSONL file to write them to.", show_default=False)] = None,
+    model: ModelName = "nano",
+    weights: Weights = None,
+    device: Device = "auto",
+    dtype: DtypeOption = Dtype.float32,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a model on a folder of videos.
+
+    Example:
+
+    `mplug2 evaluate video-captioning clips --predictions captions.jsonl`
+    """
+    from mplug2.evaluation.run import evaluate as measure
+
+    loaded = _model(model, [task], weights, False, 0, device, dtype)
+    options = {"metric": metric, "predictions": predictions, "progress": talk.is_terminal}
+    shares = _or_exit(lambda: measure(loaded, task, folder, **options))
+    if as_json:
+        print(json.dumps(shares))
+        return
+    for name, share in shares.items():
+        print(f"{name}: {100 * share:.1f} %")
+
+
+@app.command()
+def info(as_json: AsJson = False) -> None:
+    """Versions, CPU, devices, compiled libraries, and which layer each op would run in.
+
+    Example:
+
+    `mplug2 info --json`
+    """
+    from mplug2 import info as facts
+
+    facts.show(as_json=as_json)
+
+
+def _model(name: str, tasks: Sequence[str], weights, random_weights: bool, seed: int, device: str, dtype: Dtype):
+    """The named model for those of `tasks` that its config lists, else for the first of them; what does not fit is one
+    line and status 2."""
+    import torch
+
+    from mplug2.config import get_config
+    from mplug2.model import create_model
+
+    def create():
+        torch.manual_seed(seed)
+        where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        own = [task for task in tasks if task in get_config(name).tasks]
+        loaded = create_model(
+            name, task=own or tasks[:1], weights=weights, random_weights=random_weights, device=where,
+            dtype=getattr(torch, dtype.value),
+        )  # fmt: skip
+        if loaded.load_report is None:
+            talk.print(f"{name}: random weights, untrained: what it says means nothing", style="yellow")
+        else:
+            talk.print(f"{weights or name}: {loaded.load_report}", style="dim", highlight=False)
+        return loaded
+
+    return _or_exit(create)
+
+
+def _each(files: Iterable[str], run: Callable[[str], list[dict]], key: str, as_json: bool) -> None:
+    """Print the results of every file as they come; a file that cannot be read is reported and the others go on."""
+    from mplug2.data import MediaError
+
+    failed = False
+    with Progress(console=talk, transient=True, disable=not talk.is_terminal) as progress:
+        for file in progress.track(list(files), description=key):
+            try:
+                results = run(file)
+            except MediaError as e:
+                failed = True
+                if as_json:
+                    print(json.dumps({"file": file, "error": str(e)}), flush=True)
+                else:
+                    talk.print(str(e), style="red", markup=False, highlight=False, soft_wrap=True)
+                continue
+            for result in results:
+                print(json.dumps(result) if as_json else _line(result, key), flush=True)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _line(result: dict, key: str) -> str:
+    return f"{result['file']}: {result[key]}"
+
+
+def _lines(path: Path) -> list[str]:
+    lines = _or_exit(lambda: path.read_text(encoding="utf-8").splitlines())
+    choices = [line.strip() for line in lines if line.strip()]
+    if not choices:
+        talk.print(f"{path}: holds no answers; write one per line", style="red", markup=False)
+        raise typer.Exit(2)
+    return choices
+
+
+def _or_exit(run: Callable):
+    """Run, or end with status 2 and the one line that says what does not fit."""
+    try:
+        return run()
+    except (ValueError, OSError) as e:
+        talk.print(str(e), style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

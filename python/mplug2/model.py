@@ -1,0 +1,227 @@
+"""A task model: the parts of some tasks together with reading, tokenizing and generation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mplug2 import data
+from mplug2.composition import Output, Parts, compose
+from mplug2.config import PRESETS, get_config
+from mplug2.data.text import Tokenizer
+from mplug2.data.transform import Transform
+from mplug2.tasks import captioning, question_answering
+from mplug2.weights import LoadReport, load_folder, load_released
+from mplug2.weights.folder import VOCAB, WEIGHTS, save_folder
+from mplug2.weights.hub import find_folder, push_folder
+
+PACKAGED = Path(__file__).parent / "presets"  # folders of models that ship with the package
+
+FULL_VOCAB = Path(data.__file__).parent / "vocab" / VOCAB  # the 30,522 pieces of the released weights
+
+
+class Model(nn.Module):
+    """What `create_model` returns. `parts` are plain modules that never read files; this wrapper does."""
+
+    def __init__(self, parts: Parts, tokenizer: Tokenizer, vocab_file: Path, report: LoadReport | None = None):
+        super().__init__()
+        self.parts = parts
+        self.tokenizer = tokenizer
+        self.vocab_file = vocab_file
+        self.load_report = report  # None where the weights are random
+        vision = parts.config.vision
+        self.transform = Transform(vision.image_size, resize=vision.resize)
+
+    @property
+    def config(self):
+        return self.parts.config
+
+    def forward(self, **inputs) -> Output:
+        """See `Parts.forward`."""
+        return self.parts(**inputs)
+
+    def caption(
+        self, sources, *, return_scores: bool = False, num_captions: int = 1, batch_size: int = 8, **options
+    ) -> str | tuple | list:
+        """Captions of videos or images.
+
+        Args:
+            sources: path, bytes or file object, a list of them, or a tensor (B, 3, T, H, W): uint8 frames of any size,
+                or floating point as `transform` makes them.
+            return_scores: (caption, score) instead of the caption alone.
+            num_captions: more than one gives a list per item, best first.
+            options: see `tasks.captioning.predict` (prompt, beam_size, min_length, max_length, decoding, ...).
+
+        Returns:
+            str for one source, list of str for several. With several captions, a list of them for each.
+
+        Raises:
+            MediaError: a file cannot be read; the message names it.
+        """
+        task = self._task(captioning.TASKS)
+        results = []
+        for video in self._batches(sources, batch_size):
+            found = captioning.predict(
+                self.parts, self.tokenizer, video, num_captions=num_captions, task=task, **options
+            )
+            results += [[pair if return_scores else pair[0] for pair in item] for item in found]
+        results = results if num_captions > 1 else [item[0] for item in results]
+        return results[0] if _is_single(sources) else results
+
+    def answer(
+        self, sources, questions: str | Sequence[str], *, return_scores: bool = False, batch_size: int = 8, **options
+    ) -> str | tuple | list:
+        """Answers to questions about videos or images: one question for all of them, or one for each.
+
+        Args:
+            sources: as for `caption`; one source with several questions gives an answer to each.
+            options: see `tasks.question_answering.predict` (answers, beam_size, max_length, ...).
+        """
+        task = self._task(question_answering.TASKS)
+        asked = [questions] if isinstance(questions, str) else list(questions)
+        single = _is_single(sources)
+        results, done = [], 0
+        for video in self._batches(sources, batch_size):
+            if single:
+                video = video.expand(len(asked), -1, -1, -1, -1)
+            batch = asked * len(video) if len(asked) == 1 else asked[done : done + len(video)]
+            done += len(video)
+            results += question_answering.predict(self.parts, self.tokenizer, video, batch, task=task, **options)
+        results = results if return_scores else [answer for answer, _ in results]
+        return results[0] if single and isinstance(questions, str) else results
+
+    @torch.no_grad()
+    def encode_video(self, sources, *, normalize: bool = False, batch_size: int = 8) -> Tensor:
+        """Pooled features (B, D) of videos or images: class token after the universal layers."""
+        self._needs("vision")
+        pooled = torch.cat([self.parts.encode_vision(v)[:, 0] for v in self._batches(sources, batch_size)])
+        return nn.functional.normalize(pooled, dim=-1) if normalize else pooled
+
+    encode_image = encode_video
+
+    @torch.no_grad()
+    def encode_text(self, texts: str | Sequence[str], *, normalize: bool = False) -> Tensor:
+        """Pooled features (B, D) of texts: [CLS] after the universal layers; `normalize`: unit length."""
+        self._needs("text")
+        ids, mask = self.tokenizer(texts, max_length=self.config.text.max_positions)
+        pooled = self.parts.encode_text(ids.to(self._device), mask.to(self._device))[:, 0]
+        return nn.functional.normalize(pooled, dim=-1) if normalize else pooled
+
+    def read(self, source) -> Tensor:
+        """One path, bytes or file object -> normalised frames (3, T, H, W); an image is one frame."""
+        return data.load(source, self.transform, num_frames=self.config.vision.num_frames)[0]
+
+    def save(self, folder: str | Path) -> None:
+        """Write config.json, vocab.txt and model.safetensors; `create_model(folder)` reads them."""
+        save_folder(self.parts, self.vocab_file, folder)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        task: str | Sequence[str] | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> Model:
+        """`create_model` for what has weights: "nano", a folder (no network), or `owner/name` on the hub."""
+        return create_model(name, revision=revision, task=task, device=device, dtype=dtype)
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, commit_message: str | None = None) -> str:
+        """Upload the folder that `save` writes to the Hugging Face hub as `owner/name`; returns its address."""
+        return push_folder(self.parts, self.vocab_file, repo_id, private=private, commit_message=commit_message)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.parts.parameters()).device
+
+    def _batches(self, sources, batch_size: int) -> Iterator[Tensor]:
+        """Normalised videos (B, 3, T, H, W) in order; frames of equal number share a batch."""
+        p = next(self.parts.parameters())
+        if isinstance(sources, Tensor):
+            if sources.dim() != 5 or sources.shape[1] != 3:
+                raise ValueError(f"a tensor of videos must have shape (B, 3, T, H, W), got {tuple(sources.shape)}")
+            if not sources.is_floating_point():
+                sources = torch.stack([self.transform(video.permute(1, 2, 3, 0)) for video in sources])
+            yield from sources.to(p.device, p.dtype).split(batch_size)
+            return
+        batch: list[Tensor] = []
+        for source in [sources] if _is_single(sources) else sources:
+            video = self.read(source)
+            if batch and (len(batch) == batch_size or video.shape != batch[0].shape):
+                yield torch.stack(batch).to(p.device, p.dtype)
+                batch = []
+            batch.append(video)
+        if batch:
+            yield torch.stack(batch).to(p.device, p.dtype)
+
+    def _task(self, wanted: Sequence[str]) -> str:
+        for task in self.parts.tasks:
+            if task in wanted:
+                return task
+        raise ValueError(f"this model was made for {', '.join(self.parts.tasks)}; create it with task={wanted[0]!r}")
+
+    def _needs(self, part: str) -> None:
+        if getattr(self.parts, part) is None:
+            raise ValueError(f"this model has no {part} encoder; its tasks are {', '.join(self.parts.tasks)}")
+
+
+def list_models() -> list[str]:
+    """The names that `create_model` knows without a folder."""
+    return list(PRESETS)
+
+
+def create_model(
+    name: str | Path = "nano",
+    *,
+    revision: str | None = None,
+    task: str | Sequence[str] | None = None,
+    weights: str | Path | None = None,
+    random_weights: bool = False,
+    allow_missing: bool = False,
+    instruction: bool = False,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Model:
+    """A model ready to caption or answer, in eval mode.
+
+    Args:
+        name: "nano" (trained, ships with the package), "base", "large", a folder that `Model.save` wrote, or
+            `owner/name` on the Hugging Face hub; what is on this machine is read without the network.
+        revision: branch, tag or commit on the hub.
+        task: one or several names of the composition table; None takes every task its config lists.
+        weights: a released mPLUG2_*.pth, or a folder of our own format.
+        random_weights: start at random instead.
+        allow_missing: start parameters that the weights lack at random instead of raising WeightsError.
+        instruction: captioning also reads an instruction.
+
+    Raises:
+        ValueError: no weights were named, or name, task or files do not fit. WeightsError names the file.
+    """
+    folder = find_folder(PACKAGED / str(name) if str(name) in PRESETS else name, revision=revision)
+    packaged = (folder / WEIGHTS).is_file()
+    config = get_config(folder if packaged or str(name) not in PRESETS else str(name))
+    if weights is None and not random_weights and not packaged:
+        raise ValueError(f"{name}: has no weights of its own; name a file (weights=...) or ask for random_weights=True")
+    tasks = config.tasks if task is None else [task] if isinstance(task, str) else task
+    parts = compose(tasks, config, instruction=instruction, device=device, dtype=dtype, init=random_weights)
+    vocab = folder / VOCAB
+    report = None
+    if not random_weights:
+        source = Path(folder if weights is None else weights)
+        load = load_folder if source.is_dir() else load_released
+        report = load(parts, source, device=device, allow_missing=allow_missing)
+        vocab = source / VOCAB if (source / VOCAB).is_file() else vocab
+    vocab = vocab if vocab.is_file() else FULL_VOCAB
+    tokenizer = Tokenizer(vocab)
+    if tokenizer.vocab_size > config.text.vocab_size:
+        raise ValueError(f"{vocab}: {tokenizer.vocab_size} pieces, but the model's table has {config.text.vocab_size}")
+    return Model(parts, tokenizer, vocab, report).eval()
+
+
+def _is_single(sources) -> bool:
+    return isinstance(sources, (str, Path, bytes, bytearray)) or hasattr(sources, "read")

@@ -127,3 +127,10 @@ def test_help_has_examples(command):
     assert result.exit_code == 0
     assert "Example" in result.stdout
     assert f"mplug2 {command}" in result.stdout
+
+
+def test_embed_prints_features_of_files_and_texts(clip):
+    result = run("embed", "--random-weights", "--normalize", clip, "--text", "a red bag")
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [set(line) for line in lines] == [{"text", "embedding"}, {"file", "embedding"}]
+    assert all(sum(x * x for x in line["embedding"]) == pytest.approx(1, abs=1e-4) for line in lines)

@@ -1,6 +1,7 @@
 """Pictures: orientation, transparency, depth, colour spaces, and files that are none."""
 
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -44,6 +45,12 @@ def test_exif_orientation_is_applied(orientation, turns, mirrored):
     assert np.array_equal(frames[0], expected[:, ::-1] if mirrored else expected)
 
 
+def test_broken_metadata_does_not_matter():
+    orientation = struct.pack("<HHII", 0x0112, 3, 1000, 100_000)  # its value would lie behind the end of the file
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1) + orientation + bytes(4)
+    assert read_image(saved(Image.fromarray(GRADIENT), "JPEG", exif=exif)).shape == (1, 16, 24, 3)
+
+
 def test_transparency_is_over_white():
     pixels = np.zeros((2, 2, 4), np.uint8)
     pixels[0, 0] = 10, 20, 30, 255
@@ -59,9 +66,9 @@ def test_transparency_is_over_white():
 
 
 def test_grey_of_16_bits_is_scaled():
-    values = np.array([[0, 128, 257, 32896, 65535]], np.uint16)
+    values = np.array([[0, 128, 129, 257, 65535]], np.uint16)
     for format in ("PNG", "TIFF"):
-        assert read_image(saved(Image.fromarray(values), format))[0, 0, :, 0].tolist() == [0, 0, 1, 128, 255]
+        assert read_image(saved(Image.fromarray(values), format))[0, 0, :, 0].tolist() == [0, 0, 1, 1, 255]
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "CMYK", "YCbCr", "RGBA"])

@@ -85,6 +85,11 @@ def test_fps_follows_uneven_times():
     assert fps_indices(times, 4.0, 1.0) == [1, 4, 5, 5]  # 0.5 is nearer to 0.1 than to 0.9 by no more than a tie
 
 
+def test_a_tie_goes_to_the_earlier_frame_whatever_the_rounding():
+    assert fps_indices(np.arange(25, 50) / 25 - 1, 1.0, 5.0) == [2, 7, 12, 17, 22]
+    assert frame_range([0.0, 0.1, 0.2, 0.3], None, 0.1 * 3) == (0, 3)
+
+
 def test_frame_range_takes_the_frame_on_screen():
     times = np.array([0.0, 0.1, 0.5, 2.0])
     assert frame_range(times, None, None) == (0, 4)

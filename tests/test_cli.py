@@ -47,6 +47,12 @@ def test_a_bad_file_does_not_stop_the_others(clip, tmp_path):
     assert str(bad) in lines[1]["error"]
 
 
+def test_options_that_exclude_each_other_are_an_error(clip):
+    result = run("caption", "--random-weights", "--min-length", 30, clip)
+    assert result.exit_code == 1
+    assert "min_length <= max_length" in result.stderr
+
+
 def test_plain_output_and_error_streams(clip, tmp_path):
     result = run("caption", "--random-weights", clip, tmp_path / "absent.mp4")
     assert result.exit_code == 1
@@ -81,6 +87,9 @@ def test_seed_fixes_random_weights(clip):
         (["caption", "--model", "large", "--weights", "absent.pth", "x.mp4"], "absent.pth: no such file"),
         (["convert", "absent.pth", "out"], "absent.pth: no such file"),
         (["ask", "x.mp4", "what?", "--answers", "absent.txt"], "absent.txt"),
+        (["caption", "--random-weights", "--device", "gpu", "x.mp4"], "unknown device 'gpu'"),
+        (["caption", "--random-weights", "--device", "cuda:77", "x.mp4"], "cuda:77 is not there"),
+        (["draw", "out", "--pictures", "[/nowhere]"], "[/nowhere]"),
     ],
 )
 def test_what_does_not_fit_is_one_line_and_status_2(args, message, tmp_path, monkeypatch):
@@ -111,6 +120,7 @@ def test_convert_writes_a_folder_that_captions(clip, tmp_path):
     assert result.exit_code == 0, result.stderr
     assert "0 ignored" in result.stderr
     assert run("caption", "--model", tmp_path / "out", clip).exit_code == 0
+    assert run("embed", "--model", tmp_path / "out", clip).exit_code == 0
 
 
 def test_installed_command_and_module_print_the_same_info():

@@ -25,6 +25,13 @@ def test_parameter_counts_of_large():
     assert count(["video-captioning", "video-qa"]) == count("video-qa")
 
 
+def test_parameter_counts_of_the_readme():
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    for preset, digits in (("large", 0), ("base", 0), ("nano", 1)):
+        caption, answer = (f"{count(task, preset):,.{digits}f} M" for task in ("video-captioning", "video-qa"))
+        assert f"| `{preset}` | {caption} | {answer} |" in readme
+
+
 def test_nano_is_small():
     tasks = PRESETS["nano"].tasks
     assert count(tasks, "nano") < 4
@@ -74,12 +81,13 @@ def test_captioning_with_an_instruction_reads_it():
         (lambda: mplug2.compose([], "nano"), "at least one task"),
         (lambda: mplug2.compose("video-qa", "huge"), "huge: neither a preset"),
         (lambda: mplug2.compose("video-classification", "nano"), "needs config.num_classes > 0"),
-        (lambda: mplug2.compose("video-qa", "nano")(video=torch.zeros(1, 3, 1, 64, 64)), "needs text"),
+        (lambda: mplug2.compose("video-qa", "nano")(video=torch.zeros(1, 3, 1, 64, 64), labels=IDS), "needs text"),
         (
             lambda: mplug2.compose("video-captioning", "nano").encode_vision(torch.zeros(1, 3, 1, 32, 64)),
             r"\(B, 3, T, 64, 64\)",
         ),
-        (lambda: mplug2.compose("text-generation", "nano")(video=torch.zeros(1), text=IDS), "takes no video"),
+        (lambda: mplug2.compose("text-generation", "nano").context(video=torch.zeros(1), text=IDS), "takes no video"),
+        (lambda: mplug2.compose("feature-extraction", "nano").context(text=IDS), "has no decoder"),
         (
             lambda: mplug2.compose(["video-qa", "visual-qa"], "nano")(text=IDS),
             "task must be one of video-qa, visual-qa",

@@ -55,11 +55,14 @@ def test_scores_are_those_of_an_uncached_run(decoder, context, decoding):
             assert h.score == pytest.approx(total / length_penalty(len(h.ids) - 1), rel=1e-10)
 
 
-def test_standard_search_with_a_wide_beam_finds_the_best_of_all(decoder, context):
+@pytest.mark.parametrize("shortest", [0, 1])
+def test_standard_search_with_a_wide_beam_finds_the_best_of_all(decoder, context, shortest):
     length = 4
-    found = beam_search(decoder, context, beam_size=300, min_length=1, max_length=length, decoding="standard")
+    options = {"beam_size": 300, "min_length": shortest, "max_length": length, "num_return": 300}
+    found = beam_search(decoder, context, decoding="standard", **options)
+    assert all(END not in h.ids[:-1] for hypotheses in found for h in hypotheses)
     words = [w for w in range(VOCAB) if w != END]
-    ended = [[[2, *w, END] for w in itertools.product(words, repeat=n)] for n in range(1, length)]
+    ended = [[[2, *w, END] for w in itertools.product(words, repeat=n)] for n in range(shortest, length)]
     groups = [*ended, [[2, *w] for w in itertools.product(words, repeat=length)]]
     for item in range(3):
         one = context.select(torch.tensor([item]))
@@ -133,6 +136,21 @@ def test_ranking_prefers_what_the_decoder_finds_likely(decoder, context):
             log_prob(decoder, one, [i for i in row if i]) + log_prob(decoder, one, row[:2]) for row in answers.tolist()
         ]
         assert index[item].tolist() == sorted(range(4), key=lambda i: -scores[i])
+    index, _ = rank_answers(decoder, context, answers, num_return=4, count_first_twice=False)
+    for item in range(3):
+        scores = [
+            log_prob(decoder, context.select(torch.tensor([item])), [i for i in r if i]) for r in answers.tolist()
+        ]
+        assert index[item].tolist() == sorted(range(4), key=lambda i: -scores[i])
+
+
+def test_ranking_in_chunks_is_the_same(decoder, context, monkeypatch):
+    answers = torch.tensor([[2, a, b, 3] for a in (4, 5, 6) for b in (1, 4, 5, 6)])
+    whole = rank_answers(decoder, context, answers, num_return=12)
+    monkeypatch.setattr("mplug2.generation.ranking._ROWS", 15)
+    chunked = rank_answers(decoder, context, answers, num_return=12)
+    assert torch.equal(whole[0], chunked[0])
+    assert torch.allclose(whole[1], chunked[1], rtol=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -141,11 +159,34 @@ def test_ranking_prefers_what_the_decoder_finds_likely(decoder, context):
         ({"decoding": "best"}, "decoding must be"),
         ({"beam_size": 0}, "beam_size and num_return"),
         ({"min_length": 9, "max_length": 8}, "min_length <= max_length"),
+        ({"max_length": 0, "min_length": 0}, "max_length >= 1"),
     ],
 )
 def test_bad_options(decoder, context, options, message):
     with pytest.raises(ValueError, match=message):
         beam_search(decoder, context, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_length": 0}, "min_length <= max_length"),
+        ({"num_samples": 0}, "num_samples must be at least 1"),
+        ({"temperature": 0}, "temperature must be positive"),
+        ({"top_p": 1.5}, "top_p in"),
+    ],
+)
+def test_bad_sampling_options(decoder, context, options, message):
+    with pytest.raises(ValueError, match=message):
+        sample(decoder, context, **options)
+
+
+def test_sampling_continues_a_prefix(decoder, context):
+    prefix = torch.tensor([[2, 4, 5]] * 3)
+    found = sample(decoder, context, prefix=prefix, max_length=4, top_k=1)
+    assert [h[0].ids[:3] for h in found] == [[2, 4, 5]] * 3
+    greedy = beam_search(decoder, context, beam_size=1, min_length=1, max_length=4, prefix=prefix)
+    assert [h[0].ids for h in found] == [h[0].ids for h in greedy]
 
 
 def test_longer_than_the_position_table_is_an_error(decoder, context):

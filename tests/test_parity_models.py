@@ -6,8 +6,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mplug2
 from mplug2.config import VisionConfig
+from mplug2.data.text import Tokens
 from mplug2.generation import beam_search, rank_answers
 from mplug2.modules import Decoder
+from mplug2.tasks import captioning, question_answering
 from parity_case import Case, Holder, decoder_ends, load, model_config, official_grads
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
@@ -60,6 +62,46 @@ def test_captioning_loss(parity_dir, dtype):
     case.expect("loss", out.loss)
     out.loss.backward()
     case.expect_grads(official_grads(parts, params))
+
+
+@DTYPES
+def test_captioning_loss_from_words(parity_dir, dtype):
+    """The task's loss on strings is the recorded one on ids: glued prompt, prompt length, padding."""
+    case = Case(parity_dir, "caption_model", dtype)
+    parts, _ = build(parity_dir, "video-captioning", dtype)
+    ids = case.input("answer_ids")
+    calls = {}
+
+    class Words:
+        def __call__(self, texts, max_length):
+            calls["texts"] = texts
+            return Tokens(ids, ids != 0)
+
+        def encode(self, text):
+            calls["prompt"] = text
+            return case.json["prompt_ids"]
+
+    out = captioning.loss(parts, Words(), case.input("video"), ["A man sings.", "two dogs"])
+    case.expect("loss", out.loss)
+    assert calls == {"texts": ["a video ofa man sings[SEP]", "a video oftwo dogs[SEP]"], "prompt": "a video of"}
+
+
+@DTYPES
+def test_question_answering_loss_from_words(parity_dir, dtype):
+    case = Case(parity_dir, "vqa_model", dtype)
+    parts, _ = build(parity_dir, "video-qa", dtype)
+    counts, weights = case.json["k"], case.input("weights").tolist()
+    groups = [weights[sum(counts[:i]) : sum(counts[: i + 1])] for i in range(len(counts))]
+    questions = Tokens(case.input("question_ids"), case.mask("question_mask"))
+    answers = Tokens(case.input("answer_ids"), case.mask("answer_mask"))
+
+    def tokenizer(texts, max_length):
+        return answers if texts[0].endswith("[SEP]") else questions
+
+    words = [["yes"] * n for n in counts]
+    video = case.input("video")
+    out = question_answering.loss(parts, tokenizer, video, ["who?"] * len(counts), words, weights=groups)
+    case.expect("loss", out.loss)
 
 
 @DTYPES
@@ -136,7 +178,13 @@ def test_beam_search(parity_dir, dtype):
         check_hypotheses(got, run[case.tag], dtype)
 
 
-def test_float32_runs_through_the_compiled_ops(parity_dir):
+def test_float32_runs_through_the_compiled_ops(parity_dir, monkeypatch):
+    # A kernel that falls back calls the reference: it must not be there to call.
+    def absent(*args, **kwargs):
+        raise AssertionError("a compiled op fell back to its reference")
+
+    for name in ("attention", "local_temporal", "add_layer_norm", "linear", "linear_cross_entropy"):
+        monkeypatch.setattr(f"mplug2.ops.reference.{name}", absent)
     case = Case(parity_dir, "vqa_model", torch.float32)
     parts, _ = build(parity_dir, "video-qa", torch.float32)
     layers = parts.config.vision.num_layers

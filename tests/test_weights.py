@@ -167,7 +167,9 @@ def test_folder_round_trip(tiny, vocab, tmp_path):
     assert copy.text.embeddings.word is copy.decoder.embeddings.word
     for (name, a), (_, b) in zip(tiny.named_parameters(), copy.named_parameters(), strict=True):
         assert torch.equal(a, b), name
-    save_folder(tiny, vocab, folder)  # replaces
+    (folder / "notes.txt").write_text("mine")
+    save_folder(tiny, vocab, folder)  # replaces its own files alone
+    assert (folder / "notes.txt").read_text() == "mine"
     assert sorted(f.name for f in tmp_path.iterdir()) == ["model", "words.txt"]
 
 
@@ -217,6 +219,11 @@ def test_bad_folder_is_one_clear_error(tiny, vocab, tmp_path, kind):
         ("[]", "expected an object"),
         ('{"nam": "x"}', "unknown field 'nam'"),
         ('{"vision": {"width": "big"}}', "width must be int"),
+        ('{"vision": {"num_heads": 5}}', "num_heads must divide width"),
+        ('{"vision": {"patch_size": 15}}', "must divide image_size"),
+        ('{"vision": {"num_local_temporal": 5}}', "num_local_temporal must be 0, 1 or 2"),
+        ('{"fusion": {"stride_layer": 0}}', "stride_layer must be at least 1"),
+        ('{"universal": {"mode": "fig"}}', "mode must be"),
     ],
 )
 def test_bad_config_names_file_and_field(tmp_path, text, message):
@@ -271,7 +278,18 @@ def test_loading_holds_no_second_copy(tmp_path):
     assert float(run.stdout) < 1.3
 
 
-def test_safetensors_file_of_released_names_is_not_mistaken(tiny, tmp_path):
+def test_unequal_pieces_of_a_packed_projection_are_refused(parity_dir, tmp_path):
+    path = tmp_path / "released.pth"
+    keys = json.loads((parity_dir / "official_large_caption_keys.json").read_text())
+    name = "text_decoder.bert.encoder.layer.0.attention.self."
+    keys |= {name + "query.weight": [1536, 1024], name + "key.weight": [512, 1024]}
+    torch.save({"model": {n: torch.zeros(()).expand(shape) for n, shape in keys.items()}}, path)
+    parts = mplug2.compose("video-captioning", "large", init=False)
+    with pytest.raises(WeightsError, match=r"decoder\.layers\.0\.self_attention\.qkv\.weight"):
+        load_released(parts, path, device="meta")
+
+
+def test_folder_with_other_tensors_lacks_the_model(tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(WeightsError, match="lacks"):
         load_folder(mplug2.compose("video-captioning", TINY, init=False), tmp_path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +23,7 @@ app = typer.Typer(
 talk = Console(stderr=True)
 
 
-class Dtype(str, Enum):
+class Dtype(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
@@ -140,7 +140,7 @@ def embed(
 
     `mplug2 embed --normalize clip.mp4 --text "a red sneaker" > features.jsonl`
     """
-    loaded = _model(model, ["feature-extraction"], weights, random_weights, seed, device, dtype)
+    loaded = _model(model, ["feature-extraction"] if texts else None, weights, random_weights, seed, device, dtype)
 
     def run(file: str) -> list[dict]:
         return [{"file": file, "embedding": loaded.encode_video(file, normalize=normalize)[0].tolist()}]
@@ -174,9 +174,9 @@ def convert(
             model, task=task or ["video-captioning"], weights=released, dtype=getattr(torch, dtype.value)
         )
     )
-    talk.print(f"{released}: {loaded.load_report}")
+    _say(f"{released}: {loaded.load_report}")
     _or_exit(lambda: loaded.save(folder))
-    talk.print(f"wrote {folder}")
+    _say(f"wrote {folder}")
 
 
 PICTURES = "Folder of the Fashion-MNIST idx files; Debian has them in the package dataset-fashion-mnist."
@@ -201,7 +201,7 @@ def draw(
 
     options = {"split": split, "triples": triples, "num_clips": num_clips, "seed": seed}
     _or_exit(lambda: write_folder(folder, pictures, **options))
-    talk.print(f"wrote {folder}")
+    _say(f"wrote {folder}")
 
 
 @app.command()
@@ -221,7 +221,7 @@ def train(
     from mplug2.training.train import train as run
 
     folder = _or_exit(lambda: run(read_recipe(recipe), pictures, out, resume=resume))
-    talk.print(f"wrote {folder}; try it: mplug2 caption --model {folder} clip.mp4", markup=False)
+    _say(f"wrote {folder}; try it: mplug2 caption --model {folder} clip.mp4")
 
 
 @app.command()
@@ -267,51 +267,66 @@ def info(as_json: AsJson = False) -> None:
     facts.show(as_json=as_json)
 
 
-def _model(name: str, tasks: Sequence[str], weights, random_weights: bool, seed: int, device: str, dtype: Dtype):
-    """The named model for those of `tasks` that its config lists, else for the first of them; what does not fit is one
-    line and status 2."""
+def _model(name: str, tasks: Sequence[str] | None, weights, random_weights: bool, seed: int, device: str, dtype: Dtype):
+    """The named model for those of `tasks` that its config lists, else for the first of them (None: all it lists);
+    what does not fit is one line and status 2."""
     import torch
 
-    from mplug2.config import get_config
-    from mplug2.model import create_model
+    from mplug2.model import create_model, resolve
 
     def create():
         torch.manual_seed(seed)
-        where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        own = [task for task in tasks if task in get_config(name).tasks]
-        loaded = create_model(
-            name, task=own or tasks[:1], weights=weights, random_weights=random_weights, device=where,
-            dtype=getattr(torch, dtype.value),
-        )  # fmt: skip
-        if loaded.load_report is None:
-            talk.print(f"{name}: random weights, untrained: what it says means nothing", style="yellow")
-        else:
-            talk.print(f"{weights or name}: {loaded.load_report}", style="dim", highlight=False)
-        return loaded
+        own = [task for task in tasks if task in resolve(name)[1].tasks] or tasks[:1] if tasks else None
+        number = getattr(torch, dtype.value)
+        return create_model(
+            name, task=own, weights=weights, random_weights=random_weights, device=_device(device), dtype=number
+        )
 
-    return _or_exit(create)
+    loaded = _or_exit(create)
+    if loaded.load_report is None:
+        _say(f"{name}: random weights, untrained: what it says means nothing", style="yellow")
+    else:
+        _say(f"{weights or name}: {loaded.load_report}", style="dim")
+    return loaded
+
+
+def _device(name: str):
+    """The torch device of a name; ValueError where this machine does not have it."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device: unknown device {name!r}; use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device: {name} is not there; this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
 
 
 def _each(files: Iterable[str], run: Callable[[str], list[dict]], key: str, as_json: bool) -> None:
     """Print the results of every file as they come; a file that cannot be read is reported and the others go on."""
-    from mplug2.data import MediaError
-
     failed = False
     with Progress(console=talk, transient=True, disable=not talk.is_terminal) as progress:
         for file in progress.track(list(files), description=key):
             try:
                 results = run(file)
-            except MediaError as e:
+            except ValueError as e:  # MediaError is one
                 failed = True
                 if as_json:
                     print(json.dumps({"file": file, "error": str(e)}), flush=True)
                 else:
-                    talk.print(str(e), style="red", markup=False, highlight=False, soft_wrap=True)
+                    _say(str(e), style="red")
                 continue
             for result in results:
                 print(json.dumps(result) if as_json else _line(result, key), flush=True)
     if failed:
         raise typer.Exit(1)
+
+
+def _say(text: str, style: str | None = None) -> None:
+    talk.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def _line(result: dict, key: str) -> str:
@@ -322,7 +337,7 @@ def _lines(path: Path) -> list[str]:
     lines = _or_exit(lambda: path.read_text(encoding="utf-8").splitlines())
     choices = [line.strip() for line in lines if line.strip()]
     if not choices:
-        talk.print(f"{path}: holds no answers; write one per line", style="red", markup=False)
+        _say(f"{path}: holds no answers; write one per line", style="red")
         raise typer.Exit(2)
     return choices
 
@@ -332,7 +347,7 @@ def _or_exit(run: Callable):
     try:
         return run()
     except (ValueError, OSError) as e:
-        talk.print(str(e), style="red", markup=False, highlight=False, soft_wrap=True)
+        _say(str(e), style="red")
         raise typer.Exit(2) from None
 
 

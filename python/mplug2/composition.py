@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mplug2.config import ModelConfig, get_config
 from mplug2.modules.decoder import Context, Decoder
 from mplug2.modules.fusion import Fusion, join_masks
-from mplug2.modules.heads import HEADS, LmHead
+from mplug2.modules.heads import HEADS
 from mplug2.modules.layers import Block
 from mplug2.modules.text import TextEncoder
 from mplug2.modules.universal import UniversalLayers
@@ -35,6 +35,7 @@ class Composition:
     fusion: bool = False
     decoder: bool = False
     heads: tuple[str, ...] = ()
+    optional: bool = False  # any of its inputs may be left out
 
     def cells(self) -> tuple[str, ...]:
         universal = "both" if len(self.universal) == 2 else self.universal[0]
@@ -61,7 +62,7 @@ COMPOSITIONS: dict[str, Composition] = {
     "text-classification": Composition(None, "text", ("text",), heads=("text_classes",)),
     "text-generation": Composition(None, "text", ("text",), decoder=True),
     "pretraining": Composition("either", "text", _BOTH, fusion=True, decoder=True, heads=(*_RETRIEVAL, "mlm")),
-    "feature-extraction": Composition("either", "text", _BOTH),
+    "feature-extraction": Composition("either", "text", _BOTH, optional=True),
 }
 
 
@@ -87,7 +88,7 @@ class Parts(nn.Module):
 
     def __init__(self, compositions: dict[str, Composition], config: ModelConfig):
         super().__init__()
-        self.config = config
+        self.config = replace(config, tasks=tuple(compositions))
         self.compositions = compositions
         rows = compositions.values()
         heads = [name for row in rows for name in row.heads]
@@ -103,9 +104,7 @@ class Parts(nn.Module):
         if any(row.decoder for row in rows):
             word = self.text.embeddings.word if text and config.share_embeddings else None
             self.decoder = Decoder(config.decoder, config.text, word=word, dropout=drop)
-        self.heads = nn.ModuleDict(
-            {name: LmHead(config.text) if name == "mlm" else HEADS[name](config) for name in dict.fromkeys(heads)}
-        )
+        self.heads = nn.ModuleDict({name: HEADS[name](config) for name in dict.fromkeys(heads)})
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only each block's input in training and compute the rest again in the backward."""
@@ -131,36 +130,42 @@ class Parts(nn.Module):
 
     def encode_text(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Ids (B, S) -> states (B, S, D) after the universal layers; mask defaults to ids != 0."""
-        mask = ids != 0 if mask is None else mask
+        mask = _text_mask(ids, mask)
         return self.universal.text(self.text(ids, mask), mask)
 
     def fuse(
-        self, visual: Tensor | None, text: Tensor | None, text_mask: Tensor | None, row: Composition
+        self, visual: Tensor | None, text: Tensor | None, text_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Context tokens and mask: visual tokens, text states, or [visual; fused text], as the row composes them."""
+        """Context tokens and mask: the visual tokens, the text states, or of both [visual; fused text]."""
         if visual is None or text is None:
             return (visual, None) if text is None else (text, text_mask)
-        if row.fusion:
-            visual, text = self.fusion(visual, text, text_mask=text_mask)
+        visual, text = self.fusion(visual, text, text_mask=text_mask)
         return torch.cat([visual, text], 1), join_masks(visual, None, text, text_mask)
 
     def context(
         self,
         *,
         video: Tensor | None = None,
+        visual: Tensor | None = None,
         text: Tensor | None = None,
         text_mask: Tensor | None = None,
         task: str | None = None,
     ) -> Context:
-        """What the decoder reads for these inputs: the keys and values of every layer, projected once."""
+        """What the decoder reads for these inputs: the keys and values of every layer, projected once.
+
+        Args:
+            visual: tokens that `encode_vision` made, instead of video.
+            text, text_mask: ids (B, S) and their mask (default: ids != 0).
+        """
         row = self.composition(task)
-        self._check_inputs(row, video, text)
-        visual = self.encode_vision(video) if row.vision else None
-        states = mask = None
-        if row.text:
-            mask = text != 0 if text_mask is None else text_mask.bool()
-            states = self.encode_text(text, mask)
-        return self.decoder.project(*self.fuse(visual, states, mask, row))
+        if not row.decoder:
+            raise ValueError(f"parts: {task or self.tasks[0]} has no decoder")
+        _check_inputs(row, video if visual is None else visual, text)
+        if visual is None and row.vision:
+            visual = self.encode_vision(video)
+        mask = _text_mask(text, text_mask)
+        states = None if text is None else self.encode_text(text, mask)
+        return self.decoder.project(*self.fuse(visual, states, mask))
 
     def forward(
         self,
@@ -186,19 +191,19 @@ class Parts(nn.Module):
             task: needed where the parts were composed for several tasks.
         """
         row = self.composition(task)
-        self._check_inputs(row, video, text)
         if row.decoder:
             if labels is None:
                 raise ValueError(f"parts: {task or self.tasks[0]} needs labels (R, S)")
             context = self.context(video=video, text=text, text_mask=text_mask, task=task)
             loss = self._decoder_loss(context, labels, label_counts, label_weights, prompt_length)
             return Output(loss=loss, losses={"lm": loss})
+        _check_inputs(row, video, text)
         visual = None
         if row.vision == "images":
             visual = torch.cat([self.encode_vision(video[:, i]) + self.heads.image_index.weight[i] for i in (0, 1)], 1)
         elif video is not None:
             visual = self.encode_vision(video)
-        mask = None if text is None else (text != 0 if text_mask is None else text_mask.bool())
+        mask = _text_mask(text, text_mask)
         states = None if text is None else self.encode_text(text, mask)
         return self._head_output(row, visual, states, mask, labels)
 
@@ -236,13 +241,20 @@ class Parts(nn.Module):
             out.losses["regression" if regression else "classes"] = out.loss
         return out
 
-    def _check_inputs(self, row: Composition, video: Tensor | None, text: Tensor | None) -> None:
-        optional = row == COMPOSITIONS["feature-extraction"]
-        for name, value, wanted in (("video", video, row.vision), ("text", text, row.text)):
-            if value is None and wanted and not optional:
-                raise ValueError(f"parts: this task needs {name} ({wanted})")
-            if value is not None and not wanted:
-                raise ValueError(f"parts: this task takes no {name}")
+
+def _check_inputs(row: Composition, video: Tensor | None, text: Tensor | None) -> None:
+    for name, value, wanted in (("video", video, row.vision), ("text", text, row.text)):
+        if value is None and wanted and not row.optional:
+            raise ValueError(f"parts: this task needs {name} ({wanted})")
+        if value is not None and not wanted:
+            raise ValueError(f"parts: this task takes no {name}")
+
+
+def _text_mask(ids: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """True where a word piece stands."""
+    if ids is None:
+        return None
+    return ids != 0 if mask is None else mask.bool()
 
 
 @torch.no_grad()
@@ -265,7 +277,7 @@ def list_tasks() -> list[str]:
     return list(COMPOSITIONS)
 
 
-def get_compositions(tasks: Sequence[str], *, instruction: bool = False) -> dict[str, Composition]:
+def get_compositions(tasks: Sequence[str] | str, *, instruction: bool) -> dict[str, Composition]:
     """The rows of some tasks; unknown names are a ValueError that lists the known ones."""
     if isinstance(tasks, str):
         tasks = [tasks]
@@ -287,7 +299,7 @@ def compose(
     tasks: Sequence[str] | str,
     config: str | ModelConfig,
     *,
-    instruction: bool = False,
+    instruction: bool | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     init: bool = True,
@@ -297,12 +309,16 @@ def compose(
     Args:
         tasks: names of the table's rows.
         config: a preset's name, a folder with config.json, or a ModelConfig.
-        instruction: captioning tasks also read an instruction, through text encoder and fusion.
+        instruction: captioning tasks also read an instruction, through text encoder and fusion (default: as the config
+            says).
         device, dtype: where and as what the parameters are made (default: torch's default dtype).
         init: random weights from torch's global generator; False leaves the parameters on the meta device.
     """
+    config = get_config(config)
+    if instruction is not None:
+        config = replace(config, instruction=instruction)
     with torch.device("meta"):
-        parts = Parts(get_compositions(tasks, instruction=instruction), get_config(config))
+        parts = Parts(get_compositions(tasks, instruction=config.instruction), config)
     parts = parts.to(dtype or torch.get_default_dtype())
     if init:
         parts.to_empty(device=device)

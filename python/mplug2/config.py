@@ -28,6 +28,17 @@ class VisionConfig:
     temporal_stride: int | None = None  # None: patches are one frame deep; else 3 frames deep with this stride in time
     resize: str = "nearest"  # how frames reach image_size: "nearest" (released) or "area"
 
+    def __post_init__(self):
+        _divides("vision.num_heads", self.num_heads, "width", self.width)
+        stride = self.patch_stride or self.patch_size
+        _divides("vision.patch_stride or patch_size", stride, "image_size", self.image_size)
+        if stride > self.patch_size or (self.patch_size - stride) % 2:
+            raise ValueError(f"vision.patch_stride must be patch_size less an even number, got {stride}")
+        if self.num_local_temporal not in (0, 1, 2):
+            raise ValueError(f"vision.num_local_temporal must be 0, 1 or 2, got {self.num_local_temporal}")
+        if self.temporal_stride is not None and self.temporal_stride < 1:
+            raise ValueError(f"vision.temporal_stride must be at least 1 or None, got {self.temporal_stride}")
+
     @property
     def grid_size(self) -> int:
         """Patches along one side of a frame. Overlapping patches are padded so that the grid is image_size / stride."""
@@ -50,6 +61,9 @@ class TextConfig:
     max_positions: int = 512
     num_token_types: int = 2
 
+    def __post_init__(self):
+        _divides("text.num_heads", self.num_heads, "width", self.width)
+
 
 @dataclass(frozen=True)
 class UniversalConfig:
@@ -63,6 +77,12 @@ class UniversalConfig:
     num_queries: int = 50
     mode: str = "released"
 
+    def __post_init__(self):
+        if self.mode not in ("released", "figure"):
+            raise ValueError(f"universal.mode must be 'released' or 'figure', got {self.mode!r}")
+        if self.num_layers < 1:
+            raise ValueError(f"universal.num_layers must be at least 1, got {self.num_layers}")
+
 
 @dataclass(frozen=True)
 class FusionConfig:
@@ -70,6 +90,10 @@ class FusionConfig:
 
     num_layers: int = 6
     stride_layer: int = 1000
+
+    def __post_init__(self):
+        if self.stride_layer < 1:
+            raise ValueError(f"fusion.stride_layer must be at least 1, got {self.stride_layer}")
 
 
 @dataclass(frozen=True)
@@ -95,6 +119,7 @@ class ModelConfig:
     dropout: float = 0.0  # hidden dropout of the language modules; attention has none
     num_classes: int = 0  # of class heads
     tasks: tuple[str, ...] = ("video-captioning",)
+    instruction: bool = False  # captioning also reads an instruction, through text encoder and fusion
     prompt: str = "a video of"  # the released captioner writes it itself; it is stripped from results
 
     def to_json(self) -> str:
@@ -102,7 +127,8 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, text: str, *, source: str = "config") -> ModelConfig:
-        """Read what `to_json` wrote; unknown or missing fields and wrong types are a ValueError naming `source`."""
+        """Read what `to_json` wrote; fields left out have their defaults, and unknown ones, wrong types and impossible
+        sizes are a ValueError naming `source`."""
         try:
             raw = json.loads(text)
         except json.JSONDecodeError as e:
@@ -129,7 +155,15 @@ def _build(cls, raw, where: str):
             raise ValueError(f"{where}: {name} must be {fields[name].type}, got {value!r}")
         else:
             values[name] = float(value) if fields[name].type == "float" else value
-    return cls(**values)
+    try:
+        return cls(**values)
+    except ValueError as e:
+        raise ValueError(f"{where}: {e}") from None
+
+
+def _divides(name: str, divisor: int, of: str, number: int) -> None:
+    if divisor < 1 or number < 1 or number % divisor:
+        raise ValueError(f"{name} must divide {of} = {number}, got {divisor}")
 
 
 def _fits(value, kind: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from mplug2 import data
 from mplug2.composition import Output, Parts, compose
-from mplug2.config import PRESETS, get_config
+from mplug2.config import PRESETS, ModelConfig, get_config
 from mplug2.data.text import Tokenizer
 from mplug2.data.transform import Transform
 from mplug2.tasks import captioning, question_answering
@@ -19,7 +20,6 @@ from mplug2.weights.folder import VOCAB, WEIGHTS, save_folder
 from mplug2.weights.hub import find_folder, push_folder
 
 PACKAGED = Path(__file__).parent / "presets"  # folders of models that ship with the package
-
 FULL_VOCAB = Path(data.__file__).parent / "vocab" / VOCAB  # the 30,522 pieces of the released weights
 
 
@@ -63,9 +63,9 @@ class Model(nn.Module):
         """
         task = self._task(captioning.TASKS)
         results = []
-        for video in self._batches(sources, batch_size):
+        for visual in self._encoded(sources, batch_size):
             found = captioning.predict(
-                self.parts, self.tokenizer, video, num_captions=num_captions, task=task, **options
+                self.parts, self.tokenizer, visual, num_captions=num_captions, task=task, **options
             )
             results += [[pair if return_scores else pair[0] for pair in item] for item in found]
         results = results if num_captions > 1 else [item[0] for item in results]
@@ -74,30 +74,46 @@ class Model(nn.Module):
     def answer(
         self, sources, questions: str | Sequence[str], *, return_scores: bool = False, batch_size: int = 8, **options
     ) -> str | tuple | list:
-        """Answers to questions about videos or images: one question for all of them, or one for each.
+        """Answers to questions about videos or images.
 
         Args:
-            sources: as for `caption`; one source with several questions gives an answer to each.
+            sources: as for `caption`.
+            questions: for one source, one or several questions about it; for several, one for all or one for each.
             options: see `tasks.question_answering.predict` (answers, beam_size, max_length, ...).
+
+        Returns:
+            str for one source and one question, else a list of str.
         """
         task = self._task(question_answering.TASKS)
         asked = [questions] if isinstance(questions, str) else list(questions)
-        single = _is_single(sources)
-        results, done = [], 0
-        for video in self._batches(sources, batch_size):
-            if single:
-                video = video.expand(len(asked), -1, -1, -1, -1)
-            batch = asked * len(video) if len(asked) == 1 else asked[done : done + len(video)]
-            done += len(video)
-            results += question_answering.predict(self.parts, self.tokenizer, video, batch, task=task, **options)
+        if _is_single(sources):
+            sources, pairs = [sources], [(0, question) for question in asked]
+            alone = isinstance(questions, str)
+        else:
+            sources = sources if isinstance(sources, Tensor) else list(sources)
+            if len(asked) not in (1, len(sources)):
+                raise ValueError(
+                    f"need one question, or one per source: {len(asked)} questions, {len(sources)} sources"
+                )
+            pairs = list(enumerate(asked * len(sources) if len(asked) == 1 else asked))
+            alone = False
+        results, first = [], 0
+        for visual in self._encoded(sources, batch_size):
+            here = [(i - first, question) for i, question in pairs if first <= i < first + len(visual)]
+            first += len(visual)
+            for start in range(0, len(here), batch_size):
+                rows, batch = zip(*here[start : start + batch_size], strict=True)
+                results += question_answering.predict(
+                    self.parts, self.tokenizer, visual[list(rows)], batch, task=task, **options
+                )
         results = results if return_scores else [answer for answer, _ in results]
-        return results[0] if single and isinstance(questions, str) else results
+        return results[0] if alone else results
 
     @torch.no_grad()
     def encode_video(self, sources, *, normalize: bool = False, batch_size: int = 8) -> Tensor:
         """Pooled features (B, D) of videos or images: class token after the universal layers."""
         self._needs("vision")
-        pooled = torch.cat([self.parts.encode_vision(v)[:, 0] for v in self._batches(sources, batch_size)])
+        pooled = torch.cat([visual[:, 0] for visual in self._encoded(sources, batch_size)])
         return nn.functional.normalize(pooled, dim=-1) if normalize else pooled
 
     encode_image = encode_video
@@ -109,6 +125,10 @@ class Model(nn.Module):
         ids, mask = self.tokenizer(texts, max_length=self.config.text.max_positions)
         pooled = self.parts.encode_text(ids.to(self._device), mask.to(self._device))[:, 0]
         return nn.functional.normalize(pooled, dim=-1) if normalize else pooled
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """See `Parts.set_grad_checkpointing`."""
+        self.parts.set_grad_checkpointing(enable)
 
     def read(self, source) -> Tensor:
         """One path, bytes or file object -> normalised frames (3, T, H, W); an image is one frame."""
@@ -139,6 +159,12 @@ class Model(nn.Module):
     def _device(self) -> torch.device:
         return next(self.parts.parameters()).device
 
+    def _encoded(self, sources, batch_size: int) -> Iterator[Tensor]:
+        """Visual tokens (B, K, D) of videos in order, a batch at a time."""
+        for video in self._batches(sources, batch_size):
+            with torch.no_grad():
+                yield self.parts.encode_vision(video)
+
     def _batches(self, sources, batch_size: int) -> Iterator[Tensor]:
         """Normalised videos (B, 3, T, H, W) in order; frames of equal number share a batch."""
         p = next(self.parts.parameters())
@@ -151,6 +177,8 @@ class Model(nn.Module):
             return
         batch: list[Tensor] = []
         for source in [sources] if _is_single(sources) else sources:
+            if isinstance(source, Tensor):
+                raise ValueError("tensors are taken as one batch (B, 3, T, H, W), not in a list: use torch.stack")
             video = self.read(source)
             if batch and (len(batch) == batch_size or video.shape != batch[0].shape):
                 yield torch.stack(batch).to(p.device, p.dtype)
@@ -183,7 +211,7 @@ def create_model(
     weights: str | Path | None = None,
     random_weights: bool = False,
     allow_missing: bool = False,
-    instruction: bool = False,
+    instruction: bool | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Model:
@@ -197,31 +225,49 @@ def create_model(
         weights: a released mPLUG2_*.pth, or a folder of our own format.
         random_weights: start at random instead.
         allow_missing: start parameters that the weights lack at random instead of raising WeightsError.
-        instruction: captioning also reads an instruction.
+        instruction: captioning also reads an instruction (default: as the config says).
 
     Raises:
         ValueError: no weights were named, or name, task or files do not fit. WeightsError names the file.
     """
-    folder = find_folder(PACKAGED / str(name) if str(name) in PRESETS else name, revision=revision)
-    packaged = (folder / WEIGHTS).is_file()
-    config = get_config(folder if packaged or str(name) not in PRESETS else str(name))
-    if weights is None and not random_weights and not packaged:
+    if random_weights and weights is not None:
+        raise ValueError(f"weights={str(weights)!r} and random_weights=True exclude each other")
+    folder, config = resolve(name, revision=revision)
+    if weights is None and not random_weights and folder is None:
         raise ValueError(f"{name}: has no weights of its own; name a file (weights=...) or ask for random_weights=True")
     tasks = config.tasks if task is None else [task] if isinstance(task, str) else task
     parts = compose(tasks, config, instruction=instruction, device=device, dtype=dtype, init=random_weights)
-    vocab = folder / VOCAB
     report = None
+    source = folder if weights is None else Path(weights)
     if not random_weights:
-        source = Path(folder if weights is None else weights)
         load = load_folder if source.is_dir() else load_released
         report = load(parts, source, device=device, allow_missing=allow_missing)
-        vocab = source / VOCAB if (source / VOCAB).is_file() else vocab
-    vocab = vocab if vocab.is_file() else FULL_VOCAB
-    tokenizer = Tokenizer(vocab)
-    if tokenizer.vocab_size > config.text.vocab_size:
-        raise ValueError(f"{vocab}: {tokenizer.vocab_size} pieces, but the model's table has {config.text.vocab_size}")
-    return Model(parts, tokenizer, vocab, report).eval()
+    vocabs = [place / VOCAB for place in (source, folder, PACKAGED / config.name) if place is not None]
+    vocab = next((file for file in vocabs if file.is_file()), FULL_VOCAB)
+    return Model(parts, _tokenizer(vocab, parts.config), vocab, report).eval()
+
+
+def resolve(name: str | Path, *, revision: str | None = None) -> tuple[Path | None, ModelConfig]:
+    """The folder that holds a model (None: a preset without weights) and its config."""
+    if str(name) not in PRESETS:
+        folder = find_folder(name, revision=revision)
+        return folder, get_config(folder)
+    if revision is not None:
+        raise ValueError(f"{name}: is not on the hub and has no revision {revision!r}; leave revision out")
+    folder = PACKAGED / str(name)
+    return (folder, get_config(folder)) if (folder / WEIGHTS).is_file() else (None, PRESETS[str(name)])
+
+
+def _tokenizer(vocab: Path, config: ModelConfig) -> Tokenizer:
+    """The tokenizer of a vocabulary that fits the model; another one would make it speak nonsense."""
+    made = Tokenizer(vocab)
+    if made.vocab_size != config.text.vocab_size:
+        raise ValueError(f"{vocab}: {made.vocab_size} pieces, but the model's table has {config.text.vocab_size}")
+    ids, wanted = (made.pad_id, made.start_id, made.end_id), (0, config.decoder.start_id, config.decoder.end_id)
+    if ids != wanted:
+        raise ValueError(f"{vocab}: [PAD], [CLS], [SEP] must be pieces {wanted} of this model, they are {ids}")
+    return made
 
 
 def _is_single(sources) -> bool:
-    return isinstance(sources, (str, Path, bytes, bytearray)) or hasattr(sources, "read")
+    return isinstance(sources, (str, os.PathLike, bytes, bytearray)) or hasattr(sources, "read")

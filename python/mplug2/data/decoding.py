@@ -25,6 +25,7 @@ from av.video.stream import VideoStream
 from mplug2.data.source import MediaError, Source
 
 _MAX_PIXELS = 2**27  # of one picture: 134 million, above 16K video. A header that claims more is taken for damage
+_MAX_SECONDS = 1e6  # of a video: 11 days. Times that span more are taken for damage
 _OBEYS_PER_PACKET = ("h264", "hevc")  # codecs that take skip_frame for the packet at hand; AV1's is packets behind
 _MAX_BAD_READS = 1000  # reads in a row that give no packet before the file counts as ended
 
@@ -48,20 +49,24 @@ def index_frames(source: Source) -> FrameIndex:
             (p.pts, p.dts, p.duration or 0, p.is_keyframe) for p in _packets(container, stream) if not p.is_discard
         ]
         unit = float(stream.time_base)
-        period = 1 / float(stream.average_rate or stream.guessed_rate or 25)
+        rate = float(stream.average_rate or stream.guessed_rate or 25)
         # AVI knows no display times: with reordered frames the ones it seems to give are those of decoding.
         is_reordered_avi = container.format.name == "avi" and stream.codec_context.has_b_frames
     if not packets:
         raise MediaError(source.name, "holds no video frames; it is cut short or damaged: download or copy it again")
+    period = 1 / rate if 0.01 <= rate <= 10_000 else 1 / 25
     all_pts, all_dts, durations, is_key = zip(*packets, strict=True)
     dts = [d for d in all_dts if d is not None]
-    if None in all_pts or len(set(all_pts)) < len(all_pts) or any(b <= a for a, b in itertools.pairwise(dts)):
+    has_times = None not in all_pts and len(set(all_pts)) == len(all_pts)
+    goes_back = any(b <= a for a, b in itertools.pairwise(dts))
+    if not has_times or goes_back or (max(all_pts) - min(all_pts)) * unit > _MAX_SECONDS:
         times = np.arange(len(packets)) * period
         return FrameIndex(times, len(packets) * period, None, np.empty(0, np.int64), unit)
     pts = np.array(sorted(all_pts), dtype=np.int64)
     keys = np.array(sorted(p for p, key in zip(all_pts, is_key, strict=True) if key), dtype=np.int64)
     times = (pts - pts[0]) * unit
-    last = durations[int(np.argmax(all_pts))] * unit or period
+    last = durations[int(np.argmax(all_pts))] * unit
+    last = last if 0 < last <= _MAX_SECONDS else period
     return FrameIndex(times, float(times[-1] + last), None if is_reordered_avi else pts, keys, unit)
 
 

@@ -53,14 +53,14 @@ def fps_indices(times: Sequence[float], duration: float, fps: float, max_frames:
     period has no such time and gives no frame. max_frames keeps the first ones only.
     """
     times = np.asarray(times, dtype=np.float64)
+    count = int(np.ceil(duration * fps))
+    targets = (0.5 + np.arange(count if max_frames is None else min(count, max_frames))) / fps
     # A time is used while the frame nearest to it exists: the one after the last would be shown at `duration`.
-    targets = np.arange(0.5 / fps, duration + 0.5 / fps, 1 / fps)
     edges = np.append(times, duration)
     after = np.clip(np.searchsorted(edges, targets), 1, len(edges) - 1)
     # Half a microsecond of slack: a tie goes to the earlier frame whatever the rounding.
     nearest = np.where(targets - edges[after - 1] <= edges[after] - targets + 1e-6, after - 1, after)
-    indices = nearest[nearest < len(times)].tolist()
-    return indices if max_frames is None else indices[:max_frames]
+    return nearest[nearest < len(times)].tolist()
 
 
 def frame_range(times: Sequence[float], start: float | None, end: float | None) -> tuple[int, int]:

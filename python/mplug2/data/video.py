@@ -103,7 +103,7 @@ def read_clip(
         chosen = choose(index.times, index.duration)
         if not chosen:
             span = f"from {start or 0} s to {'its end' if end is None else f'{end} s'}"
-            raise MediaError(source.name, f"shows no frame {span}: it lasts {index.duration:.2f} s")
+            raise MediaError(source.name, f"shows no frame {span}: it lasts {index.duration:.2f} s; start before that")
         wanted, repeats = np.unique(chosen, return_inverse=True)
         clip = _collect(source, index, wanted, transform)
     except (av.FFmpegError, OSError) as e:  # OSError: from the caller's file object

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mplug2.generation.beam import Hypothesis
+from mplug2.generation.beam import Hypothesis, check_lengths
 from mplug2.generation.cache import new_cache, step
 from mplug2.modules.decoder import Context, Decoder
 
@@ -18,6 +18,7 @@ def sample(
     num_samples: int = 1,
     min_length: int = 1,
     max_length: int = 20,
+    prefix: Tensor | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -27,23 +28,30 @@ def sample(
 
     Args:
         min_length, max_length: new tokens at least and at most, end token included.
+        prefix: ids (B, P) to continue; default the start token alone.
         temperature: logits are divided by it before the cuts.
         top_k: only the k likeliest tokens are drawn from.
         top_p: only the smallest set of likeliest tokens whose probability reaches p is drawn from.
         seed: makes the draws repeatable; None draws from torch's global generator.
     """
+    check_lengths("sample", min_length, max_length)
+    if num_samples < 1:
+        raise ValueError(f"sample: num_samples must be at least 1, got {num_samples}")
     if temperature <= 0:
         raise ValueError(f"sample: temperature must be positive, got {temperature}")
     if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
         raise ValueError(f"sample: top_k must be at least 1 and top_p in (0, 1], got {top_k}, {top_p}")
-    rows, device = len(context) * num_samples, context.layers[0][0].device
+    items, device = len(context), context.layers[0][0].device
+    if prefix is None:
+        prefix = torch.full((items, 1), decoder.start_id, device=device)
+    rows = items * num_samples
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    cache = new_cache(decoder, 1 + max_length)
-    ids = torch.full((rows, 1), decoder.start_id, device=device)
+    cache = new_cache(decoder, prefix.shape[1] + max_length)
+    ids = prefix.repeat_interleave(num_samples, 0)
     total, ended = torch.zeros(rows, device=device), torch.zeros(rows, dtype=torch.bool, device=device)
     lengths = torch.zeros(rows, device=device)
     for s in range(max_length):
-        log_p = step(decoder, ids[:, -1:], context, cache)
+        log_p = step(decoder, ids if s == 0 else ids[:, -1:], context, cache)
         if s < min_length:
             log_p[:, decoder.end_id] = -torch.inf
         kept = cut(log_p / temperature, top_k, top_p)
@@ -56,7 +64,7 @@ def sample(
         if ended.all():
             break
     found = [
-        Hypothesis(row[: 1 + int(n)], score)
+        Hypothesis(row[: prefix.shape[1] + int(n)], score)
         for row, n, score in zip(ids.tolist(), lengths.tolist(), (total / lengths).tolist(), strict=True)
     ]
     groups = (found[i : i + num_samples] for i in range(0, rows, num_samples))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -90,7 +92,8 @@ class ImageIndex(nn.Embedding):
         super().__init__(2, config.text.width)
 
 
-HEADS: dict[str, type[nn.Module]] = {
+HEADS: dict[str, Callable[[ModelConfig], nn.Module]] = {
+    "mlm": lambda config: LmHead(config.text),
     "contrastive": ContrastiveHead,
     "matching": MatchingHead,
     "vision_classes": VisionClassHead,

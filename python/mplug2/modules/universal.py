@@ -18,8 +18,6 @@ class UniversalLayers(nn.Module):
 
     def __init__(self, config: UniversalConfig, text: TextConfig, *, has_vision: bool = True, dropout: float = 0.0):
         super().__init__()
-        if config.mode not in ("released", "figure"):
-            raise ValueError(f"universal: mode must be 'released' or 'figure', got {config.mode!r}")
         self.mode = config.mode
         self.layers = nn.ModuleList(
             TransformerLayer(

@@ -66,7 +66,8 @@ def load_folder(
 
 
 def save_folder(parts: Parts, vocab_file: str | Path, folder: str | Path) -> None:
-    """Write config, vocabulary and weights. The folder appears whole or not at all; one that exists is replaced."""
+    """Write config, vocabulary and weights. A new folder appears whole or not at all; in a model folder that exists,
+    the three files are replaced once all of them are written, and what else it holds stays."""
     folder = Path(folder)
     if folder.exists() and not (folder / CONFIG).is_file() and any(folder.iterdir()):
         raise ValueError(f"{folder}: exists and is not a model folder; name a new one")
@@ -81,13 +82,11 @@ def save_folder(parts: Parts, vocab_file: str | Path, folder: str | Path) -> Non
             with open(new / file, "rb") as f:
                 os.fsync(f.fileno())
         new.chmod(0o755)
-        old = None
         if folder.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-            folder.rename(old / folder.name)
-        new.rename(folder)
-        if old is not None:
-            shutil.rmtree(old)
+            for file in (CONFIG, VOCAB, WEIGHTS):
+                os.replace(new / file, folder / file)
+        else:
+            new.rename(folder)
     finally:
         if new.exists():
             shutil.rmtree(new)

@@ -139,14 +139,19 @@ def _fill(value: Tensor, pieces: list[Tensor], name: str, file: str) -> bool:
         value.copy_(inflate_patches(pieces[0], value.shape[2]))
         return False
     if name == "vision.position_embedding" and pieces[0].dim() == 2 and pieces[0].shape[1] == value.shape[1]:
-        value.copy_(resize_positions(pieces[0], value.shape[0]))
+        try:
+            value.copy_(resize_positions(pieces[0], value.shape[0]))
+        except ValueError as e:
+            raise WeightsError(f"{file}: {name}: {e}") from None
         return True
     got = " + ".join(str(list(p.shape)) for p in pieces)
     raise WeightsError(f"{file}: {name} has shape {list(value.shape)} in the model but {got} in the file")
 
 
 def _same_shape(value: Tensor, pieces: list[Tensor]) -> bool:
-    """Equal but for dimensions of size 1, such as those of 1x1 convolutions."""
+    """Equal but for dimensions of size 1, such as those of 1x1 convolutions; stacked pieces are equal to each other."""
+    if len({p.shape for p in pieces}) > 1:
+        return False
     stacked = [sum(p.shape[0] if p.dim() else 1 for p in pieces), *pieces[0].shape[1:]] if value.dim() else []
     return [n for n in stacked if n != 1] == [n for n in value.shape if n != 1]
 
@@ -162,11 +167,16 @@ def resize_positions(table: Tensor, num_tokens: int) -> Tensor:
     """A position table (1 + g^2, D) on another square grid (num_tokens, D): class token kept, the rest bilinear."""
     old, new = round((table.shape[0] - 1) ** 0.5), round((num_tokens - 1) ** 0.5)
     if 1 + old * old != table.shape[0] or 1 + new * new != num_tokens:
-        raise WeightsError(f"position table of {table.shape[0]} rows cannot become one of {num_tokens}: no square grid")
+        raise ValueError(f"position table of {table.shape[0]} rows cannot become one of {num_tokens}: no square grid")
     dtype = torch.float64 if table.dtype == torch.float64 else torch.float32
     grid = table[1:].to(dtype).T.reshape(1, -1, old, old)
     grid = F.interpolate(grid, (new, new), mode="bilinear", align_corners=False)
     return torch.cat([table[:1].to(dtype), grid[0].flatten(1).T])
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, short enough to stand in one of ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _few(names) -> str:

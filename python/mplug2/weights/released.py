@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mplug2.composition import Parts
-from mplug2.weights.load import LoadReport, WeightsError, load_tensors
+from mplug2.weights.load import LoadReport, WeightsError, first_line, load_tensors
 from mplug2.weights.names import canonical, old_names
 
 
@@ -29,11 +29,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
             raw = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as e:
         raise WeightsError(
-            f"{path}: not a PyTorch checkpoint of plain tensors ({_first_line(e)}); "
+            f"{path}: not a PyTorch checkpoint of plain tensors ({first_line(e)}); "
             "save {'model': model.state_dict()} alone and load that"
         ) from None
     except (RuntimeError, EOFError, OSError, KeyError, ValueError, IndexError, AttributeError, TypeError) as e:
-        raise WeightsError(f"{path}: damaged or not a PyTorch checkpoint ({_first_line(e)})") from None
+        raise WeightsError(f"{path}: damaged or not a PyTorch checkpoint ({first_line(e)})") from None
     for key in ("model", "module", "state_dict"):
         if isinstance(raw, Mapping) and isinstance(raw.get(key), Mapping):
             raw = raw[key]
@@ -61,7 +61,3 @@ def load_state(
         return old_names(name, num_text_layers=parts.config.text.num_layers, fusion_start=start)
 
     return load_tensors(parts, state, sources, file=file, device=device, allow_missing=allow_missing)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

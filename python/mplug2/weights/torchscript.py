@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mplug2.weights.load import WeightsError
+from mplug2.weights.load import WeightsError, first_line
 
 _STORAGES = {
     "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16, "FloatStorage": torch.float32,
@@ -71,8 +71,7 @@ class TorchScriptFile(Mapping[str, Tensor]):
                 raw = torch.frombuffer(bytearray(archive.read(record)), dtype=stored.dtype)
             return raw.as_strided(stored.size, stored.stride, stored.offset)
         except _DAMAGE as e:
-            reason = str(e).splitlines()[0]
-            raise WeightsError(f"{self.path}: cannot read {name} ({reason})") from None
+            raise WeightsError(f"{self.path}: cannot read {name} ({first_line(e)})") from None
 
     def __contains__(self, name: object) -> bool:
         return name in self._stored

@@ -1,7 +1,7 @@
 // Every op's schema with its formula: the table of contents of the compiled half.
-// An op has a kernel for the CPU here; on other devices, and for dtypes without a kernel, `<op>_reference` runs, which is
-// implemented in Python (mplug2/ops/reference.py). Letters: B batch, G rows of q per row of k and v, T frames, L tokens
-// per frame, S queries, K keys, N heads, H head dim, D width, V vocabulary, M rows.
+// An op has a kernel for the CPU here; on other devices, and for dtypes without a kernel, `<op>_reference` runs, which
+// is implemented in Python (mplug2/ops/reference.py). Letters: B batch, G rows of q per row of k and v, T frames, L
+// tokens per frame, S queries, K keys, N heads, H head dim, D width, V vocabulary, M rows.
 #include <torch/csrc/stable/library.h>
 
 #include "core/cpu.h"
@@ -16,14 +16,17 @@ void define(torch::stable::detail::StableLibrary& m, const std::string& name, co
 
 std::string instruction_set() { return mplug2::isa_name(mplug2::cpu_isa()); }
 
+void force_instruction_set(std::string name) { mplug2::force_isa(name); }
+
 bool has_bf16_products() { return mplug2::has_bf16_products(); }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY(mplug2, m) {
-  // out = softmax(scale q k^T) v over the keys j that query s of S may see: j < key_lengths[b], key_mask[b, j] and, where
-  // causal, j <= s + K - S. lse = log sum exp of the scaled scores, empty unless asked for. q (B*G, S, N, H), row b*G + g
-  // reads row b of k and v (B, K, N, H); out like q; lse (B*G, N, S). A query without keys: out 0, lse -inf, gradient 0.
+  // out = softmax(scale q k^T) v over the keys j that query s of S may see: j < key_lengths[b], key_mask[b, j] and,
+  // where causal, j <= s + K - S. lse = log sum exp of the scaled scores, empty unless asked for. q (B*G, S, N, H), row
+  // b*G + g reads row b of k and v (B, K, N, H); out like q; lse (B*G, N, S). A query without keys: out 0, lse -inf,
+  // gradient 0.
   define(m, "attention_fwd",
          "(Tensor q, Tensor k, Tensor v, Tensor? key_lengths, Tensor? key_mask, bool causal, float scale, "
          "bool return_lse) -> (Tensor out, Tensor lse)");
@@ -31,18 +34,19 @@ STABLE_TORCH_LIBRARY(mplug2, m) {
          "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? key_lengths, Tensor? key_mask, "
          "bool causal, float scale) -> (Tensor dq, Tensor dk, Tensor dv)");
 
-  // out = x + up(act), act = QuickGELU(conv(hidden)), hidden = down(LN(x)); conv: 3 taps over T per channel, zero padded,
-  // conv_weight[:, 1] at the frame itself. x (B, T, L, D); down (D/2, D), conv (D/2, 3), up (D, D/2). The first
+  // out = x + up(act), act = QuickGELU(conv(hidden)), hidden = down(LN(x)); conv: 3 taps over T per channel, zero
+  // padded, conv_weight[:, 1] at the frame itself. x (B, T, L, D); down (D/2, D), conv (D/2, 3), up (D, D/2). The first
   // num_prefix_tokens of a frame pass through. hidden (B*T*L, D/2) is for the backward pass, empty unless asked for.
   define(m, "local_temporal_fwd",
          "(Tensor x, Tensor ln_weight, Tensor ln_bias, Tensor down_weight, Tensor down_bias, Tensor conv_weight, "
          "Tensor conv_bias, Tensor up_weight, Tensor up_bias, int num_prefix_tokens, float eps, bool return_hidden) "
          "-> (Tensor out, Tensor hidden)");
-  define(m, "local_temporal_bwd",
-         "(Tensor dout, Tensor x, Tensor hidden, Tensor ln_weight, Tensor ln_bias, Tensor down_weight, Tensor down_bias, "
-         "Tensor conv_weight, Tensor conv_bias, Tensor up_weight, Tensor up_bias, int num_prefix_tokens, float eps) "
-         "-> (Tensor dx, Tensor dln_weight, Tensor dln_bias, Tensor ddown_weight, Tensor ddown_bias, "
-         "Tensor dconv_weight, Tensor dconv_bias, Tensor dup_weight, Tensor dup_bias)");
+  define(
+      m, "local_temporal_bwd",
+      "(Tensor dout, Tensor x, Tensor hidden, Tensor ln_weight, Tensor ln_bias, Tensor down_weight, Tensor down_bias, "
+      "Tensor conv_weight, Tensor conv_bias, Tensor up_weight, Tensor up_bias, int num_prefix_tokens, float eps) "
+      "-> (Tensor dx, Tensor dln_weight, Tensor dln_bias, Tensor ddown_weight, Tensor ddown_bias, "
+      "Tensor dconv_weight, Tensor dconv_bias, Tensor dup_weight, Tensor dup_bias)");
 
   // sum = x + residual; normed = (sum - mean) / sqrt(var + eps) * weight + bias over the last dimension.
   define(m, "add_layer_norm_fwd",
@@ -62,7 +66,8 @@ STABLE_TORCH_LIBRARY(mplug2, m) {
          "-> (Tensor dx, Tensor dweight, Tensor dbias)");
 
   // z = x weight^T + bias, a chunk of rows at a time; lse[m] = log sum_v exp z[m, v];
-  // loss[m] = lse[m] - (1 - a) z[m, t] - a/V sum_v z[m, v], a = label_smoothing, t = targets[m]; 0 where t = ignore_index.
+  // loss[m] = lse[m] - (1 - a) z[m, t] - a/V sum_v z[m, v], a = label_smoothing, t = targets[m]; 0 where t =
+  // ignore_index.
   define(m, "linear_cross_entropy_fwd",
          "(Tensor x, Tensor weight, Tensor targets, Tensor? bias, int ignore_index, float label_smoothing) "
          "-> (Tensor loss, Tensor lse)");
@@ -71,13 +76,15 @@ STABLE_TORCH_LIBRARY(mplug2, m) {
          "float label_smoothing) -> (Tensor dx, Tensor dweight, Tensor dbias)");
 }
 
-// What the CPU at hand offers: "baseline", "avx2" or "avx512"; and whether it multiplies bfloat16 in hardware.
+// What the CPU at hand offers: "baseline", "avx2", "avx512" or "amx"; and whether it multiplies bfloat16 in hardware.
 STABLE_TORCH_LIBRARY(mplug2_cpu, m) {
   m.def("instruction_set() -> str");
   m.def("has_bf16_products() -> bool");
+  m.def("force_instruction_set(str name) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mplug2_cpu, CompositeExplicitAutograd, m) {
   m.impl("instruction_set", TORCH_BOX(&instruction_set));
   m.impl("has_bf16_products", TORCH_BOX(&has_bf16_products));
+  m.impl("force_instruction_set", TORCH_BOX(&force_instruction_set));
 }

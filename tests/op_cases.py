@@ -1,4 +1,4 @@
-"""One example of every op for the tests that hold for all of them: tensors by name, and how the public function takes them."""
+"""One example of every op, for the tests that hold for all of them."""
 
 from __future__ import annotations
 
@@ -55,49 +55,51 @@ def local_temporal_tensors(
     }
 
 
-def cases(seed: int = 0) -> dict[str, OpCase]:
-    """Small float64 examples (at most 500 elements a tensor), by the stem of the op."""
+def cases(seed: int = 0, scale: int = 1) -> dict[str, OpCase]:
+    """Small float64 examples (at most 500 elements a tensor), by the stem of the op; `scale` multiplies the leading
+    size."""
     g = torch.Generator().manual_seed(seed)
+    mask = torch.tensor([[1, 0, 1, 1], [0, 0, 1, 1]], dtype=torch.bool)
     attention = OpCase(
         "attention",
         {
-            "q": _randn(g, 4, 3, 2, 5),
-            "k": _randn(g, 2, 6, 2, 5),
-            "v": _randn(g, 2, 6, 2, 5),
-            "key_lengths": torch.tensor([6, 4]),
-            "key_mask": torch.tensor([[1, 0, 1, 1, 0, 1], [0, 0, 0, 0, 1, 1]], dtype=torch.bool),
+            "q": _randn(g, 4 * scale, 3, 1, 3),
+            "k": _randn(g, 2 * scale, 4, 1, 3),
+            "v": _randn(g, 2 * scale, 4, 1, 3),
+            "key_lengths": torch.tensor([4, 3] * scale),
+            "key_mask": mask.repeat(scale, 1),
         },
         lambda **t: ops.attention(**t, causal=True),
     )
     local_temporal = OpCase(
-        "local_temporal", local_temporal_tensors(g, 2, 3, 4, 6), lambda **t: ops.local_temporal(**t)
+        "local_temporal", local_temporal_tensors(g, 1 * scale, 3, 3, 4), lambda **t: ops.local_temporal(**t)
     )
     add_layer_norm = OpCase(
         "add_layer_norm",
         {
-            "x": _randn(g, 3, 4, 7),
-            "residual": _randn(g, 3, 4, 7),
-            "weight": 1 + 0.1 * _randn(g, 7),
-            "bias": _randn(g, 7),
+            "x": _randn(g, 3 * scale, 5),
+            "residual": _randn(g, 3 * scale, 5),
+            "weight": 1 + 0.1 * _randn(g, 5),
+            "bias": _randn(g, 5),
         },
         lambda **t: ops.add_layer_norm(**t, eps=1e-12),
     )
     linear = OpCase(
         "linear",
         {
-            "x": _randn(g, 3, 4, 5),
+            "x": _randn(g, 2 * scale, 2, 5),
             "weight": _randn(g, 6, 5),
             "bias": _randn(g, 6),
-            "residual": _randn(g, 3, 4, 6),
+            "residual": _randn(g, 2 * scale, 2, 6),
         },
         lambda **t: ops.linear(**t, activation="quick_gelu"),
     )
     linear_cross_entropy = OpCase(
         "linear_cross_entropy",
         {
-            "x": _randn(g, 7, 5),
-            "weight": _randn(g, 11, 5),
-            "targets": torch.tensor([0, 10, -100, 3, 3, -100, 7]),
+            "x": _randn(g, 5 * scale, 4),
+            "weight": _randn(g, 11, 4),
+            "targets": torch.tensor([0, 10, -100, 3, 3] * scale),
             "bias": _randn(g, 11),
         },
         lambda **t: ops.linear_cross_entropy(**t, label_smoothing=0.1),

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tolerances import LOCAL_LONG_SUM, assert_close
 
 from mplug2 import ops
 from mplug2.ops import reference
+from tolerances import LOCAL_LONG_SUM, assert_close
 
 SHAPES = [(1, 8), (5, 2), (3, 97), (2, 5, 257), (7, 1025), (64, 768)]
 

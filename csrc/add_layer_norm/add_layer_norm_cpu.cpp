@@ -1,8 +1,7 @@
 // add_layer_norm on the CPU: one pass over the rows in either direction.
 #define MPLUG2_ISA baseline
-#include "add_layer_norm/add_layer_norm_rows.h"
-
 #include "add_layer_norm/add_layer_norm_host.h"
+#include "add_layer_norm/add_layer_norm_rows.h"
 #include "core/cpu.h"
 #include "core/rows.h"
 
@@ -14,13 +13,14 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& residual, cons
                                    float eps) {
   const auto kernels = MPLUG2_KERNELS(add_layer_norm_kernels<T>());
   const Tensor weight = as_float(weight_), bias = as_float(bias_);
-  Tensor normed = torch::stable::empty(x.sizes(), x.scalar_type()), sum = torch::stable::empty(x.sizes(), x.scalar_type());
+  Tensor normed = torch::stable::empty(x.sizes(), x.scalar_type()),
+         sum = torch::stable::empty(x.sizes(), x.scalar_type());
   const int64_t width = x.size(x.dim() - 1);
   if (x.numel() == 0) return {normed, sum};
   parallel_rows(x.numel() / width, width, [&](int64_t first, int64_t last) {
     const int64_t at = first * width;
-    kernels.fwd(data<T>(x) + at, data<T>(residual) + at, data<float>(weight), data<float>(bias), mutable_data<T>(normed) + at,
-                mutable_data<T>(sum) + at, last - first, width, eps);
+    kernels.fwd(data<T>(x) + at, data<T>(residual) + at, data<float>(weight), data<float>(bias),
+                mutable_data<T>(normed) + at, mutable_data<T>(sum) + at, last - first, width, eps);
   });
   return {normed, sum};
 }
@@ -57,11 +57,11 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_bwd(const Tensor& dnormed, con
   check_add_layer_norm(sum, dnormed, weight, bias);
   check_add_layer_norm(sum, dsum, weight, bias);
   if (!has_kernel(sum))
-    return call<std::tuple<Tensor, Tensor, Tensor>>("mplug2::add_layer_norm_bwd_reference", "", dnormed, dsum, sum, weight,
-                                                    bias, eps);
+    return call<std::tuple<Tensor, Tensor, Tensor>>("mplug2::add_layer_norm_bwd_reference", "", dnormed, dsum, sum,
+                                                    weight, bias, eps);
   const auto run = sum.scalar_type() == ScalarType::Float ? backward<float> : backward<Bf16>;
-  return run(torch::stable::contiguous(dnormed), torch::stable::contiguous(dsum), torch::stable::contiguous(sum), weight,
-             eps);
+  return run(torch::stable::contiguous(dnormed), torch::stable::contiguous(dsum), torch::stable::contiguous(sum),
+             weight, eps);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// add_layer_norm row by row: the sum is rounded to its dtype and stored, then normalised from the first-level cache, so each
-// tensor crosses memory once.
+// add_layer_norm row by row: the sum is rounded to its dtype and stored, then normalised from the first-level cache, so
+// each tensor crosses memory once.
 #include "add_layer_norm/add_layer_norm.h"
 #include "core/layer_norm.h"
 

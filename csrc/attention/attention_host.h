@@ -2,13 +2,10 @@
 #pragma once
 #include <optional>
 
+#include "attention/attention.h"
 #include "core/check.h"
 
 namespace mplug2 {
-
-struct AttentionShape {
-  int64_t batch, groups, queries, keys, heads, head_dim;
-};
 
 inline AttentionShape check_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                       const std::optional<Tensor>& key_lengths, const std::optional<Tensor>& key_mask) {

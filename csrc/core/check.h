@@ -7,6 +7,8 @@
 #include <initializer_list>
 #include <string>
 
+#include "core/cpu.h"
+
 namespace mplug2 {
 
 using torch::headeronly::ScalarType;
@@ -20,14 +22,22 @@ inline std::string shape_text(const Tensor& t) {
 
 inline const char* dtype_text(ScalarType dtype) {
   switch (dtype) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::Double: return "float64";
-    case ScalarType::Half: return "float16";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Bool: return "bool";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    default: return torch::headeronly::toString(dtype);
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Bool:
+      return "bool";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    default:
+      return torch::headeronly::toString(dtype);
   }
 }
 
@@ -45,8 +55,8 @@ inline void check_shape(const char* op, const char* name, const Tensor& t, const
 }
 
 inline void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType dtype) {
-  STD_TORCH_CHECK(t.scalar_type() == dtype, op, ": ", name, " must be ", dtype_text(dtype), " like the first argument, got ",
-                  dtype_text(t.scalar_type()));
+  STD_TORCH_CHECK(t.scalar_type() == dtype, op, ": ", name, " must be ", dtype_text(dtype),
+                  " like the first argument, got ", dtype_text(t.scalar_type()));
 }
 
 inline void check_floating(const char* op, const char* name, const Tensor& t) {
@@ -58,7 +68,8 @@ inline void check_floating(const char* op, const char* name, const Tensor& t) {
 
 // float32 and bfloat16 have kernels; float16 and float64 are left to the reference.
 inline bool has_kernel(const Tensor& t) {
-  return t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::BFloat16;
+  return cpu_isa() != Isa::kReference &&
+         (t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::BFloat16);
 }
 
 }  // namespace mplug2

@@ -36,10 +36,12 @@ struct Results<std::tuple<Ts...>> {
   }
 };
 
-// call<Result>("aten::mm", "", a, b). Arguments have exactly the types of the schema: int64_t, double, bool, Tensor, ...
+// call<Result>("aten::mm", "", a, b). Arguments have exactly the types of the schema: int64_t, double, bool, Tensor,
+// ...
 template <class Result, class... Args>
 Result call(const char* op, const char* overload, const Args&... args) {
-  std::array<StableIValue, std::max(sizeof...(Args), Results<Result>::count)> stack{torch::stable::detail::from(args)...};
+  std::array<StableIValue, std::max(sizeof...(Args), Results<Result>::count)> stack{
+      torch::stable::detail::from(args)...};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION));
   return Results<Result>::take(stack.data());
 }

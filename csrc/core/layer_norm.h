@@ -25,7 +25,8 @@ MPLUG2_INLINE RowStats row_stats(const T* x, int64_t width, float eps) {
 
 // out = (x - mean) rstd weight + bias
 template <class T, class Out>
-MPLUG2_INLINE void layer_norm_row(const T* x, const float* weight, const float* bias, Out* out, int64_t width, float eps) {
+MPLUG2_INLINE void layer_norm_row(const T* x, const float* weight, const float* bias, Out* out, int64_t width,
+                                  float eps) {
   const RowStats stats = row_stats(x, width, eps);
   for_lanes(width, [&](int64_t i, auto lanes) {
     const Vec normal = (load(x + i, lanes) - stats.mean) * stats.rstd;
@@ -33,10 +34,11 @@ MPLUG2_INLINE void layer_norm_row(const T* x, const float* weight, const float* 
   });
 }
 
-// With y = (x - mean) rstd and g = dout weight: dx = rest + rstd (g - mean(g) - y mean(g y)); dweight += dout y; dbias += dout.
+// With y = (x - mean) rstd and g = dout weight: dx = rest + rstd (g - mean(g) - y mean(g y)); dweight += dout y; dbias
+// += dout.
 template <class T>
-MPLUG2_INLINE void layer_norm_bwd_row(const T* dout, const T* x, const float* weight, const T* rest, T* dx, float* dweight,
-                                      float* dbias, int64_t width, float eps) {
+MPLUG2_INLINE void layer_norm_bwd_row(const T* dout, const T* x, const float* weight, const T* rest, T* dx,
+                                      float* dweight, float* dbias, int64_t width, float eps) {
   const RowStats stats = row_stats(x, width, eps);
   Vec g_total{}, gy_total{};
   for_lanes(width, [&](int64_t i, auto lanes) {

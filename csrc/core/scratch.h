@@ -1,5 +1,5 @@
-// Memory that a kernel needs only while it runs, kept between calls by each calling thread: fresh pages cost more to fault in
-// than a pass over them takes. Blocks up to kKept bytes are kept, larger ones are given back at once.
+// Memory that a kernel needs only while it runs, kept between calls by each calling thread: fresh pages cost more to
+// fault in than a pass over them takes. Blocks up to kKept bytes are kept, larger ones are given back at once.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -43,6 +43,10 @@ class Scratch {
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
+  template <class T>
+  T* data() const {
+    return static_cast<T*>(data_);
+  }
   // The next rows x columns elements of the block, as a tensor that does not own them.
   torch::stable::Tensor take(int64_t rows, int64_t columns, torch::headeronly::ScalarType dtype, size_t element_size) {
     char* start = static_cast<char*>(data_) + used_;

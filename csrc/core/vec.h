@@ -1,6 +1,7 @@
 // Vectors of floats as wide as the instruction set that a file is compiled for, by the compiler's vector extension: one
-// source for every set. Loads and stores convert from and to bfloat16 by integer shifts, so no bfloat16 instruction is needed.
-// NOTE: everything lives in a namespace named after the set: two files never share an inline function across sets.
+// source for every set. Loads and stores convert from and to bfloat16 by integer shifts, so no bfloat16 instruction is
+// needed. NOTE: everything lives in a namespace named after the set: two files never share an inline function across
+// sets.
 #pragma once
 #ifndef MPLUG2_ISA
 #error "define MPLUG2_ISA as baseline, avx2 or avx512 before including core/vec.h"
@@ -33,7 +34,7 @@ typedef int32_t VecInt __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t VecBits __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t VecHalf __attribute__((vector_size(2 * kLanes)));
 
-MPLUG2_INLINE Vec splat(float value) { return Vec{} + value; }
+MPLUG2_INLINE Vec splat(float value) { return value - Vec{}; }  // minus: exact for -0 too, so no addition is left
 
 // ---- loads and stores: a whole vector, or the first `count` lanes of one --------------------------------------------
 struct Whole {
@@ -93,23 +94,30 @@ MPLUG2_INLINE Vec keep(Vec v, Part part, float value) {
   return v;
 }
 
+// ---- reductions, four lanes at a time -------------------------------------------------------------------------------
+typedef float Quad __attribute__((vector_size(16)));
+
 MPLUG2_INLINE float sum(Vec v) {
-  float lanes[kLanes];
-  std::memcpy(lanes, &v, sizeof v);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  return lanes[0];
+  Quad quads[kLanes / 4];
+  std::memcpy(quads, &v, sizeof v);
+  Quad total = quads[0];
+  for (int i = 1; i < kLanes / 4; ++i) total += quads[i];
+  return (total[0] + total[1]) + (total[2] + total[3]);
 }
 MPLUG2_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 MPLUG2_INLINE float largest(Vec v) {
-  float top = v[0];
-  for (int i = 1; i < kLanes; ++i) top = v[i] > top ? v[i] : top;
-  return top;
+  Quad quads[kLanes / 4];
+  std::memcpy(quads, &v, sizeof v);
+  Quad top = quads[0];
+  for (int i = 1; i < kLanes / 4; ++i) top = quads[i] > top ? quads[i] : top;
+  const float a = top[0] > top[1] ? top[0] : top[1], b = top[2] > top[3] ? top[2] : top[3];
+  return a > b ? a : b;
 }
 
 // ---- functions -----------------------------------------------------------------------------------------------------
-// 2^n e^r with r in +- ln 2 / 2: Taylor to degree 7, relative error below 1e-7; 0 below -87.3, infinity above 88.7.
-MPLUG2_INLINE Vec exp(Vec x) {
+// e^x for x <= 0 (scores below their maximum), as 2^n e^r with r in +- ln 2 / 2: Taylor to degree 7, relative error
+// below 2e-7; 0 below -87.3. A NaN stays one.
+MPLUG2_INLINE Vec exp_negative(Vec x) {
   const Vec shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the rounded integer
   const Vec n = shifted - 12582912.0f;
   const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts: the first product is exact
@@ -122,8 +130,11 @@ MPLUG2_INLINE Vec exp(Vec x) {
   p = p * r + 1.0f;
   p = p * r + 1.0f;
   const Vec scaled = reinterpret_cast<Vec>(reinterpret_cast<VecBits>(p) + (reinterpret_cast<VecBits>(shifted) << 23));
-  Vec y = x < -87.33f ? Vec{} : scaled;
-  y = x > 88.72f ? splat(__builtin_inff()) : y;
+  return x < -87.33f ? Vec{} : scaled;
+}
+// e^x for any x; infinity above 88.7.
+MPLUG2_INLINE Vec exp(Vec x) {
+  const Vec y = x > 88.72f ? splat(__builtin_inff()) : exp_negative(x);
   return x == x ? y : x;
 }
 

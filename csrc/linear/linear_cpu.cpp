@@ -1,10 +1,9 @@
 // linear on the CPU: the product by ATen (oneDNN), then activation and residual in one pass over it.
 #define MPLUG2_ISA baseline
-#include "linear/linear_rows.h"
-
 #include "core/cpu.h"
 #include "core/rows.h"
 #include "linear/linear_host.h"
+#include "linear/linear_rows.h"
 
 namespace mplug2 {
 namespace {
@@ -21,18 +20,21 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const 
   const Tensor pre = call<Tensor>("aten::linear", "", mplug2::to_dtype(x, dtype), mplug2::to_dtype(weight, dtype),
                                   to_dtype(bias, dtype));
   const bool in_place = std::is_same_v<T, W> && !return_pre;
+  if (in_place && activation == Activation::kNone && !residual)
+    return {pre, torch::stable::empty({0}, x.scalar_type())};
   Tensor out = in_place ? pre : torch::stable::empty(pre.sizes(), x.scalar_type());
   const T* add = residual ? data<T>(*residual) : nullptr;
   torch::stable::parallel_for(0, pre.numel(), 8192, [&](int64_t first, int64_t last) {
-    kernels.finish(activation, data<W>(pre) + first, add ? add + first : nullptr, mutable_data<T>(out) + first, last - first);
+    kernels.finish(activation, data<W>(pre) + first, add ? add + first : nullptr, mutable_data<T>(out) + first,
+                   last - first);
   });
   return {out, return_pre ? mplug2::to_dtype(pre, x.scalar_type()) : torch::stable::empty({0}, x.scalar_type())};
 }
 
 // Gradients by products of W; dpre also gives the bias's.
 template <class T, class W>
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& x, const Tensor& weight, const Tensor& pre,
-                                            Activation activation) {
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& x, const Tensor& weight,
+                                            const Tensor& pre, Activation activation) {
   const auto kernels = MPLUG2_KERNELS(linear_kernels<T, W>());
   const ScalarType dtype = Element<W>::dtype, narrow = x.scalar_type();
   Tensor dpre = dout;
@@ -65,12 +67,13 @@ std::tuple<Tensor, Tensor> linear_fwd(const Tensor& x, const Tensor& weight, std
   return run(x, weight, bias, kind, residual, return_pre);
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_bwd(const Tensor& dout, const Tensor& x, const Tensor& weight, const Tensor& pre,
-                                              std::string activation) {
+std::tuple<Tensor, Tensor, Tensor> linear_bwd(const Tensor& dout, const Tensor& x, const Tensor& weight,
+                                              const Tensor& pre, std::string activation) {
   const Activation kind = check_activation(activation);
   check_linear(x, weight, std::nullopt, dout);
   if (!has_kernel(x) || x.numel() == 0 || weight.numel() == 0)
-    return call<std::tuple<Tensor, Tensor, Tensor>>("mplug2::linear_bwd_reference", "", dout, x, weight, pre, activation);
+    return call<std::tuple<Tensor, Tensor, Tensor>>("mplug2::linear_bwd_reference", "", dout, x, weight, pre,
+                                                    activation);
   const auto run = x.scalar_type() == ScalarType::Float ? backward<float, float>
                    : has_bf16_products()                ? backward<Bf16, Bf16>
                                                         : backward<Bf16, float>;

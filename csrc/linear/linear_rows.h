@@ -1,4 +1,5 @@
-// The activation and the residual of linear in one pass over the product, and the activation's slope in the backward pass.
+// The activation and the residual of linear in one pass over the product, and the activation's slope in the backward
+// pass.
 #include "core/vec.h"
 #include "linear/linear.h"
 

@@ -15,7 +15,8 @@ struct LinearCrossEntropyShape {
 template <class T>
 struct LinearCrossEntropyKernels {
   // loss and lse of each row of logits (rows, vocabulary).
-  void (*fwd)(const LinearCrossEntropyShape&, const T* logits, const int64_t* targets, float* loss, float* lse, int64_t rows);
+  void (*fwd)(const LinearCrossEntropyShape&, const T* logits, const int64_t* targets, float* loss, float* lse,
+              int64_t rows);
   // logits become their gradient: dloss (softmax - (1 - a) onehot - a / V).
   void (*bwd)(const LinearCrossEntropyShape&, T* logits, const int64_t* targets, const float* dloss, const float* lse,
               int64_t rows);

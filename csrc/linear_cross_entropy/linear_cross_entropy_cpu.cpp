@@ -1,12 +1,12 @@
-// linear_cross_entropy on the CPU: logits of a chunk of rows by ATen (oneDNN), reduced while they are near; the backward pass makes
-// them again, turns them into their gradient in place, and multiplies. Logits of more than kChunk bytes never exist.
+// linear_cross_entropy on the CPU: logits of a chunk of rows by ATen (oneDNN), reduced while they are near; the
+// backward pass makes them again, turns them into their gradient in place, and multiplies. Logits of more than kChunk
+// bytes never exist.
 #define MPLUG2_ISA baseline
-#include "linear_cross_entropy/linear_cross_entropy_rows.h"
-
 #include "core/cpu.h"
 #include "core/rows.h"
 #include "core/scratch.h"
 #include "linear_cross_entropy/linear_cross_entropy_host.h"
+#include "linear_cross_entropy/linear_cross_entropy_rows.h"
 
 namespace mplug2 {
 namespace {

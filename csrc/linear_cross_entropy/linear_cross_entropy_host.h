@@ -32,8 +32,8 @@ inline void check_targets(const Tensor& targets, const LinearCrossEntropyShape& 
   const int64_t* values = static_cast<const int64_t*>(targets.const_data_ptr());
   for (int64_t i = 0; i < targets.numel(); ++i)
     STD_TORCH_CHECK(values[i] == shape.ignore_index || (values[i] >= 0 && values[i] < shape.vocabulary),
-                    "linear_cross_entropy: targets must be in 0..V-1 = ", shape.vocabulary - 1, " or ignore_index = ",
-                    shape.ignore_index, ", got ", values[i], " in row ", i);
+                    "linear_cross_entropy: targets must be in 0..V-1 = ", shape.vocabulary - 1,
+                    " or ignore_index = ", shape.ignore_index, ", got ", values[i], " in row ", i);
 }
 
 }  // namespace mplug2

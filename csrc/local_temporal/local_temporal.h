@@ -1,5 +1,5 @@
-// Row kernels of local_temporal for one instruction set. No torch here. T is the dtype of the tensors, W the one in which
-// products are made: W = T, or float32 where the CPU has no bfloat16 products.
+// Row kernels of local_temporal for one instruction set. No torch here. T is the dtype of the tensors, W the one in
+// which products are made: W = T, or float32 where the CPU has no bfloat16 products.
 #pragma once
 #include <cstdint>
 
@@ -32,8 +32,8 @@ struct LocalTemporalSums {
   float* dup_bias;
 };
 
-// A row is one token of one frame: row = (video * frames + frame) * tokens + token. `first` and `last` count rows in norm,
-// finish and norm_bwd, and frames (over all videos) in mix, mix_bwd and shift_bwd.
+// A row is one token of one frame: row = (video * frames + frame) * tokens + token. `first` and `last` count rows in
+// norm, finish and norm_bwd, and frames (over all videos) in mix, mix_bwd and shift_bwd.
 template <class T, class W>
 struct LocalTemporalKernels {
   // normed = LN(x); 0 in prefix rows, which go through the products because a gap would cost more.
@@ -51,11 +51,11 @@ struct LocalTemporalBackwardKernels {
   void (*mix_bwd)(const LocalTemporalShape&, const T* hidden, TemporalTaps, T* dact, T* act, LocalTemporalSums,
                   int64_t first, int64_t last);
   // dhidden = the convolution's transpose of dmixed.
-  void (*shift_bwd)(const LocalTemporalShape&, const T* dmixed, TemporalTaps, T* dhidden, LocalTemporalSums, int64_t first,
-                    int64_t last);
+  void (*shift_bwd)(const LocalTemporalShape&, const T* dmixed, TemporalTaps, T* dhidden, LocalTemporalSums,
+                    int64_t first, int64_t last);
   // dx = dout + the gradient of LN; dout in prefix rows.
-  void (*norm_bwd)(const LocalTemporalShape&, const T* dout, const T* dnormed, const T* x, const float* ln_weight, T* dx,
-                   LocalTemporalSums, int64_t first, int64_t last);
+  void (*norm_bwd)(const LocalTemporalShape&, const T* dout, const T* dnormed, const T* x, const float* ln_weight,
+                   T* dx, LocalTemporalSums, int64_t first, int64_t last);
 };
 
 #define MPLUG2_DECLARE(isa)                                          \

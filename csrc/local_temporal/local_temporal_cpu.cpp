@@ -1,12 +1,11 @@
-// local_temporal on the CPU: matrix products by ATen (oneDNN), one pass of our own before, between and after them, workspace
-// reused. Videos are taken a few at a time, so that the workspace stays small and near.
+// local_temporal on the CPU: matrix products by ATen (oneDNN), one pass of our own before, between and after them,
+// workspace reused. Videos are taken a few at a time, so that the workspace stays small and near.
 #define MPLUG2_ISA baseline
-#include "local_temporal/local_temporal_rows.h"
-
 #include "core/cpu.h"
 #include "core/rows.h"
 #include "core/scratch.h"
 #include "local_temporal/local_temporal_host.h"
+#include "local_temporal/local_temporal_rows.h"
 
 namespace mplug2 {
 namespace {
@@ -44,8 +43,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const LocalTemporalWeights& 
   const int64_t videos = x.size(0), rows_per_video = shape.frames * shape.tokens;
   Tensor out = torch::stable::empty(x.sizes(), x.scalar_type());
   Tensor saved = torch::stable::empty({return_hidden ? videos * rows_per_video : 0, shape.hidden}, x.scalar_type());
-  const size_t bytes_per_video =
-      Scratch::bytes_of(rows_per_video, shape.width, sizeof(W)) + 2 * Scratch::bytes_of(rows_per_video, shape.hidden, sizeof(W));
+  const size_t bytes_per_video = Scratch::bytes_of(rows_per_video, shape.width, sizeof(W)) +
+                                 2 * Scratch::bytes_of(rows_per_video, shape.hidden, sizeof(W));
   const int64_t step = std::max<int64_t>(1, kWorkspace / bytes_per_video);
   Scratch scratch(std::min(step, videos) * (bytes_per_video + 3 * 64));
   const int64_t most = std::min(step, videos) * rows_per_video;
@@ -90,8 +89,12 @@ struct SumLayout {
   int64_t size() const { return 5 * hidden + 3 * width; }
   LocalTemporalSums at(float* start) const {
     float* wide = start + 5 * hidden;
-    return {{start, start + hidden, start + 2 * hidden}, start + 3 * hidden, start + 4 * hidden,
-            wide, wide + width, wide + 2 * width};
+    return {{start, start + hidden, start + 2 * hidden},
+            start + 3 * hidden,
+            start + 4 * hidden,
+            wide,
+            wide + width,
+            wide + 2 * width};
   }
 };
 
@@ -121,8 +124,8 @@ Gradients backward(const Tensor& dout, const Tensor& x, const Tensor& hidden, co
   });
   Tensor normed = torch::stable::empty({count, shape.width}, x.scalar_type());
   parallel_rows(count, shape.width, [&](int64_t first, int64_t last) {
-    forward_kernels.norm(shape, data<T>(x), data<float>(ln_weight), data<float>(ln_bias), mutable_data<T>(normed), first,
-                         last);
+    forward_kernels.norm(shape, data<T>(x), data<float>(ln_weight), data<float>(ln_bias), mutable_data<T>(normed),
+                         first, last);
   });
   const Tensor ddown_weight = product(transposed(dhidden), normed);
   const Tensor dnormed = product(dhidden, w.down_weight);
@@ -139,20 +142,28 @@ Gradients backward(const Tensor& dout, const Tensor& x, const Tensor& hidden, co
   };
   const int64_t n = shape.hidden, d = shape.width;
   const Tensor dtaps = torch::stable::view(piece(0, 3 * n), {3, n});
-  return {dx, piece(5 * n, d), piece(5 * n + d, d), ddown_weight, piece(4 * n, n),
-          torch::stable::contiguous(transposed(dtaps)), piece(3 * n, n), dup_weight, piece(5 * n + 2 * d, d)};
+  return {dx,
+          piece(5 * n, d),
+          piece(5 * n + d, d),
+          ddown_weight,
+          piece(4 * n, n),
+          torch::stable::contiguous(transposed(dtaps)),
+          piece(3 * n, n),
+          dup_weight,
+          piece(5 * n + 2 * d, d)};
 }
 
 std::tuple<Tensor, Tensor> local_temporal_fwd(const Tensor& x, const Tensor& ln_weight, const Tensor& ln_bias,
-                                              const Tensor& down_weight, const Tensor& down_bias, const Tensor& conv_weight,
-                                              const Tensor& conv_bias, const Tensor& up_weight, const Tensor& up_bias,
-                                              int64_t num_prefix_tokens, double eps, bool return_hidden) {
+                                              const Tensor& down_weight, const Tensor& down_bias,
+                                              const Tensor& conv_weight, const Tensor& conv_bias,
+                                              const Tensor& up_weight, const Tensor& up_bias, int64_t num_prefix_tokens,
+                                              double eps, bool return_hidden) {
   const LocalTemporalWeights w{ln_weight, ln_bias, down_weight, down_bias, conv_weight, conv_bias, up_weight, up_bias};
   const LocalTemporalShape shape = check_local_temporal(x, w, num_prefix_tokens, eps);
   if (!has_kernel(x) || x.numel() == 0 || shape.hidden == 0)
-    return call<std::tuple<Tensor, Tensor>>("mplug2::local_temporal_fwd_reference", "", x, ln_weight, ln_bias, down_weight,
-                                            down_bias, conv_weight, conv_bias, up_weight, up_bias, num_prefix_tokens, eps,
-                                            return_hidden);
+    return call<std::tuple<Tensor, Tensor>>("mplug2::local_temporal_fwd_reference", "", x, ln_weight, ln_bias,
+                                            down_weight, down_bias, conv_weight, conv_bias, up_weight, up_bias,
+                                            num_prefix_tokens, eps, return_hidden);
   const auto run = x.scalar_type() == ScalarType::Float ? forward<float, float>
                    : has_bf16_products()                ? forward<Bf16, Bf16>
                                                         : forward<Bf16, float>;
@@ -178,11 +189,10 @@ Gradients local_temporal_bwd(const Tensor& dout, const Tensor& x, const Tensor& 
   if (x.scalar_type() == ScalarType::Float) return backward<float>(dout_c, x_c, hidden_c, w, shape);
   if (has_bf16_products()) return backward<Bf16>(dout_c, x_c, hidden_c, w, shape);
   const auto wide = [](const Tensor& t) { return to_dtype(t, ScalarType::Float); };
-  const LocalTemporalWeights wide_w{wide(ln_weight), wide(ln_bias),   wide(down_weight), wide(down_bias),
+  const LocalTemporalWeights wide_w{wide(ln_weight),   wide(ln_bias),   wide(down_weight), wide(down_bias),
                                     wide(conv_weight), wide(conv_bias), wide(up_weight),   wide(up_bias)};
-  return std::apply(
-      [&](const auto&... gradient) { return Gradients{to_dtype(gradient, x.scalar_type())...}; },
-      backward<float>(wide(dout_c), wide(x_c), wide(hidden_c), wide_w, shape));
+  return std::apply([&](const auto&... gradient) { return Gradients{to_dtype(gradient, x.scalar_type())...}; },
+                    backward<float>(wide(dout_c), wide(x_c), wide(hidden_c), wide_w, shape));
 }
 
 }  // namespace

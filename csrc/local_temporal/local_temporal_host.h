@@ -9,8 +9,8 @@ struct LocalTemporalWeights {
   Tensor ln_weight, ln_bias, down_weight, down_bias, conv_weight, conv_bias, up_weight, up_bias;
 };
 
-inline LocalTemporalShape check_local_temporal(const Tensor& x, const LocalTemporalWeights& w, int64_t num_prefix_tokens,
-                                               double eps) {
+inline LocalTemporalShape check_local_temporal(const Tensor& x, const LocalTemporalWeights& w,
+                                               int64_t num_prefix_tokens, double eps) {
   constexpr const char* op = "local_temporal";
   check_floating(op, "x", x);
   check_shape(op, "x", x, "[B, T, L, D]", {-1, -1, -1, -1});
@@ -25,11 +25,12 @@ inline LocalTemporalShape check_local_temporal(const Tensor& x, const LocalTempo
   check_shape(op, "up_weight", w.up_weight, "[D, D/2]", {width, hidden});
   check_shape(op, "up_bias", w.up_bias, "[D]", {width});
   const std::pair<const char*, const Tensor&> parameters[] = {
-      {"ln_weight", w.ln_weight},     {"ln_bias", w.ln_bias},     {"down_weight", w.down_weight}, {"down_bias", w.down_bias},
-      {"conv_weight", w.conv_weight}, {"conv_bias", w.conv_bias}, {"up_weight", w.up_weight},     {"up_bias", w.up_bias}};
+      {"ln_weight", w.ln_weight}, {"ln_bias", w.ln_bias},         {"down_weight", w.down_weight},
+      {"down_bias", w.down_bias}, {"conv_weight", w.conv_weight}, {"conv_bias", w.conv_bias},
+      {"up_weight", w.up_weight}, {"up_bias", w.up_bias}};
   for (const auto& [name, tensor] : parameters) check_dtype(op, name, tensor, x.scalar_type());
-  STD_TORCH_CHECK(num_prefix_tokens >= 0 && num_prefix_tokens <= x.size(2), op, ": num_prefix_tokens must be in 0..L = ",
-                  x.size(2), ", got ", num_prefix_tokens);
+  STD_TORCH_CHECK(num_prefix_tokens >= 0 && num_prefix_tokens <= x.size(2), op,
+                  ": num_prefix_tokens must be in 0..L = ", x.size(2), ", got ", num_prefix_tokens);
   return {x.size(1), x.size(2), num_prefix_tokens, width, hidden, static_cast<float>(eps)};
 }
 

@@ -1,6 +1,6 @@
-// local_temporal between its matrix products: LN in front of the first, convolution and QuickGELU between the two, the residual
-// after the second, and the same backwards. Tokens stay where they are, (B, T, L, D): the neighbours in time of a row lie
-// `tokens` rows away, in cache, because frames are walked in order.
+// local_temporal between its matrix products: LN in front of the first, convolution and QuickGELU between the two, the
+// residual after the second, and the same backwards. Tokens stay where they are, (B, T, L, D): the neighbours in time
+// of a row lie `tokens` rows away, in cache, because frames are walked in order.
 #include "core/layer_norm.h"
 #include "local_temporal/local_temporal.h"
 
@@ -48,8 +48,9 @@ void mix(const LocalTemporalShape& shape, const W* hidden, TemporalTaps conv, W*
     W* out = act + frame * shape.tokens * shape.hidden;
     for (int64_t token = 0; token < shape.tokens; ++token) {
       const int64_t at = token * shape.hidden;
-      for_lanes(shape.hidden,
-                [&](int64_t i, auto lanes) { store(out + at + i, quick_gelu(convolve(near, conv, at, i, lanes)), lanes); });
+      for_lanes(shape.hidden, [&](int64_t i, auto lanes) {
+        store(out + at + i, quick_gelu(convolve(near, conv, at, i, lanes)), lanes);
+      });
     }
   }
 }
@@ -73,8 +74,8 @@ MPLUG2_INLINE void add_to(float* total, Vec v, Lanes lanes) {
 }
 
 template <class T>
-void mix_bwd(const LocalTemporalShape& shape, const T* hidden, TemporalTaps conv, T* dact, T* act, LocalTemporalSums sums,
-             int64_t first, int64_t last) {
+void mix_bwd(const LocalTemporalShape& shape, const T* hidden, TemporalTaps conv, T* dact, T* act,
+             LocalTemporalSums sums, int64_t first, int64_t last) {
   for (int64_t frame = first; frame < last; ++frame) {
     const Neighbours<T> near(shape, hidden, frame);
     const int64_t start = frame * shape.tokens * shape.hidden;
@@ -116,8 +117,8 @@ void shift_bwd(const LocalTemporalShape& shape, const T* dmixed, TemporalTaps co
 }
 
 template <class T>
-void norm_bwd(const LocalTemporalShape& shape, const T* dout, const T* dnormed, const T* x, const float* ln_weight, T* dx,
-              LocalTemporalSums sums, int64_t first, int64_t last) {
+void norm_bwd(const LocalTemporalShape& shape, const T* dout, const T* dnormed, const T* x, const float* ln_weight,
+              T* dx, LocalTemporalSums sums, int64_t first, int64_t last) {
   for (int64_t row = first; row < last; ++row) {
     const int64_t at = row * shape.width;
     if (row % shape.tokens < shape.prefix) {
@@ -126,7 +127,8 @@ void norm_bwd(const LocalTemporalShape& shape, const T* dout, const T* dnormed, 
     }
     layer_norm_bwd_row(dnormed + at, x + at, ln_weight, dout + at, dx + at, sums.dln_weight, sums.dln_bias, shape.width,
                        shape.eps);
-    for_lanes(shape.width, [&](int64_t i, auto lanes) { add_to(sums.dup_bias + i, load(dout + at + i, lanes), lanes); });
+    for_lanes(shape.width,
+              [&](int64_t i, auto lanes) { add_to(sums.dup_bias + i, load(dout + at + i, lanes), lanes); });
   }
 }
 

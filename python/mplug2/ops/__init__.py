@@ -5,6 +5,6 @@ from mplug2.ops.attention import attention
 from mplug2.ops.linear import linear
 from mplug2.ops.linear_cross_entropy import linear_cross_entropy
 from mplug2.ops.local_temporal import local_temporal
-from mplug2.ops.registration import layers
+from mplug2.ops.registration import layer, layers
 
-__all__ = ["add_layer_norm", "attention", "layers", "linear", "linear_cross_entropy", "local_temporal"]
+__all__ = ["add_layer_norm", "attention", "layer", "layers", "linear", "linear_cross_entropy", "local_temporal"]

@@ -28,7 +28,8 @@ def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, *,
 def _check(x, residual, weight, bias):
     if residual.shape != x.shape:
         raise ValueError(
-            f"add_layer_norm: residual must have the shape of x, {shape_text(x.shape)}, got {shape_text(residual.shape)}"
+            f"add_layer_norm: residual must have the shape of x, {shape_text(x.shape)}, "
+            f"got {shape_text(residual.shape)}"
         )
     for name, t in (("residual", residual), ("weight", weight), ("bias", bias)):
         if t is not residual and t.shape != x.shape[-1:]:

@@ -22,8 +22,8 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """out = softmax(scale q k^T) v over the keys that each query may see.
 
-    Row b*G + g of q reads row b of k and v, which are never copied (G = rows of q / rows of k: beams, candidates). Views into a
-    packed projection are taken as they are. A query that sees no key gives 0, lse -inf and zero gradient.
+    Row b*G + g of q reads row b of k and v, which are never copied (G = rows of q / rows of k: beams, candidates).
+    Views into a packed projection are taken as they are. A query that sees no key gives 0, lse -inf and zero gradient.
 
     Args:
         q: (B*G, S, N, H), any floating dtype, any strides, any H.
@@ -32,8 +32,8 @@ def attention(
         key_mask: (B, K) bool, any pattern: True may be seen.
         causal: query s sees keys j <= s + K - S: the last query sees all.
         scale: default H**-0.5.
-        return_lse: also return lse = log sum exp of the scaled scores, (B*G, N, S) float32 (float64 for float64 inputs),
-            which carries no gradient.
+        return_lse: also return lse = log sum exp of the scaled scores, (B*G, N, S) float32 (float64 for float64
+            inputs), which carries no gradient.
 
     Returns:
         out (B*G, S, N, H), contiguous: `out.flatten(2)` is a view. With return_lse the pair (out, lse).

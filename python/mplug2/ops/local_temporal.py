@@ -24,14 +24,15 @@ def local_temporal(
 ) -> Tensor:
     """out = x + up(QuickGELU(conv(down(LN(x))))), QuickGELU(z) = z sigmoid(1.702 z).
 
-    conv mixes each channel of a token with the same token of the frames before and after, zero padded at both ends of a video.
-    The first num_prefix_tokens of each frame (CLS) pass through unchanged.
+    conv mixes each channel of a token with the same token of the frames before and after, zero padded at both ends of a
+    video. The first num_prefix_tokens of each frame (CLS) pass through unchanged.
 
     Args:
         x: (B, T, L, D): videos, frames, tokens of a frame (prefix first), width; any floating dtype, any strides.
         ln_weight, ln_bias: (D,), dtype of x as all parameters.
         down_weight, down_bias: (D/2, D) and (D/2,); any hidden width will do.
-        conv_weight, conv_bias: (D/2, 3) and (D/2,); conv_weight[:, 1] multiplies the frame itself, [:, 0] the one before.
+        conv_weight, conv_bias: (D/2, 3) and (D/2,); conv_weight[:, 1] multiplies the frame itself, [:, 0] the one
+        before.
         up_weight, up_bias: (D, D/2) and (D,).
         num_prefix_tokens: 0..L.
         eps: of the layer normalisation.
@@ -47,7 +48,9 @@ def local_temporal(
     return out
 
 
-def _check(x, ln_weight, ln_bias, down_weight, down_bias, conv_weight, conv_bias, up_weight, up_bias, num_prefix_tokens):
+def _check(
+    x, ln_weight, ln_bias, down_weight, down_bias, conv_weight, conv_bias, up_weight, up_bias, num_prefix_tokens
+):
     if x.dim() != 4:
         raise ValueError(f"local_temporal: x must have shape [B, T, L, D], got {shape_text(x.shape)}")
     width, hidden = x.shape[-1], down_weight.shape[0]

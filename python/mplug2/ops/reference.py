@@ -1,7 +1,8 @@
-"""The plain PyTorch truth of every op: any device, any floating dtype, differentiable, no score or logit matrix held whole.
+"""The plain PyTorch truth of every op: any device, any floating dtype, no score or logit matrix held whole.
 
-In float64 these functions are what every kernel is tested against. They are also what an op runs wherever no kernel serves.
-Letters: B batch, G rows of q that share one row of k and v, S queries, K keys, N heads, H head dim, T frames, L tokens, D width.
+In float64 these functions are what every kernel is tested against. They are also what runs wherever no kernel serves.
+Letters: B batch, G rows of q that share one row of k and v, S queries, K keys, N heads, H head dim, T frames, L tokens,
+D width.
 """
 
 from __future__ import annotations
@@ -23,15 +24,21 @@ def accumulation_dtype(t: Tensor) -> torch.dtype:
 
 
 def _autograd_in_reach() -> AbstractContextManager:
-    """Autograd also where the dispatcher has passed it already, as inside a TorchDispatchMode: an op's kernel runs below it."""
+    """Autograd also where the dispatcher has passed it already, as inside a TorchDispatchMode: an op's kernel runs
+    below it."""
     excluded = torch._C._dispatch_tls_local_exclude_set()
-    for key in torch._C.DispatchKey.AutogradCPU, torch._C.DispatchKey.AutogradCUDA, torch._C.DispatchKey.ADInplaceOrView:
+    for key in (
+        torch._C.DispatchKey.AutogradCPU,
+        torch._C.DispatchKey.AutogradCUDA,
+        torch._C.DispatchKey.ADInplaceOrView,
+    ):
         excluded = excluded - torch._C.DispatchKeySet(key)
     return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
 
 
 def gradients(forward: Callable[..., Tensor], inputs: Sequence[Tensor], dout: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of `inputs` by running `forward` again under autograd; contiguous, zero where nothing depends on one."""
+    """Gradients of `inputs` by running `forward` again under autograd; contiguous, zero where nothing depends on
+    one."""
     with torch.enable_grad(), _autograd_in_reach():
         leaves = [t.detach().requires_grad_() for t in inputs]
         out = forward(*leaves)
@@ -67,7 +74,8 @@ def attention(
     causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    """softmax(scale q k^T over the seen keys) v through SDPA, K and V never copied. (B*G, S, N, H) -> the same shape."""
+    """softmax(scale q k^T over the seen keys) v through SDPA, K and V never copied. (B*G, S, N, H) -> the same
+    shape."""
     rows, num_queries, num_heads, head_dim = q.shape
     batch, num_keys = k.shape[0], k.shape[1]
     if q.numel() == 0 or num_keys == 0:
@@ -105,7 +113,8 @@ def attention_lse(
     causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    """log sum exp of the scaled scores over the seen keys: (B*G, N, S), float32 (float64 for float64); -inf where none."""
+    """log sum exp of the scaled scores over the seen keys: (B*G, N, S), float32 (float64 for float64); -inf where
+    none."""
     rows, num_queries, num_heads, head_dim = q.shape
     batch, num_keys = k.shape[0], k.shape[1]
     wide = accumulation_dtype(q)
@@ -230,7 +239,8 @@ def linear_cross_entropy_bwd(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of (x, weight, bias) by dlogits = dloss (softmax - (1 - a) onehot - a / V), a chunk of rows at a time."""
+    """Gradients of (x, weight, bias) by dlogits = dloss (softmax - (1 - a) onehot - a / V), a chunk of rows at a
+    time."""
     vocabulary = weight.shape[0]
     dx = torch.zeros_like(x, memory_format=torch.contiguous_format)
     dweight = torch.zeros(weight.shape, dtype=lse.dtype, device=x.device)

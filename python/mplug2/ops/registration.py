@@ -1,8 +1,9 @@
-"""The Python half of an op: its reference, fake, autograd and autocast rule, registered beside the C++ schema and kernel."""
+"""The Python half of an op: reference, fake, autograd and autocast rule, beside the C++ schema and kernel."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -29,8 +30,8 @@ def register(
     """Complete the op `mplug2::<name>` and return it, ready to be called.
 
     `reference` runs on devices without a kernel, and on the CPU where the kernel calls `mplug2::<name>_reference`.
-    `backward` and `setup_context` are those of `torch.library.register_autograd`. Under autocast floating point arguments are cast
-    by the rule, and products inside are left alone: a kernel reads what it asked for.
+    `backward` and `setup_context` are those of `torch.library.register_autograd`. Under autocast floating point
+    arguments are cast by the rule, and products inside are left alone: a kernel reads what it asked for.
     """
     qualified = f"mplug2::{name}"
     has = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -90,6 +91,23 @@ def layers() -> list[tuple[str, str, str]]:
         (name, f"cpu {isa}" if "cpu" in devices else "reference", kernel if "cpu" in devices else "no compiled kernel")
         for name, devices in _devices.items()
     ]
+
+
+@contextmanager
+def layer(name: str) -> Iterator[None]:
+    """Force the layer that runs ops on the CPU: "reference", or an instruction set that it has: "baseline", "avx2",
+    "avx512", "amx".
+
+    For tests and benchmarks; it holds for the whole process while the context is open.
+
+    Raises:
+        RuntimeError: this CPU does not have that layer.
+    """
+    torch.ops.mplug2_cpu.force_instruction_set(name)
+    try:
+        yield
+    finally:
+        torch.ops.mplug2_cpu.force_instruction_set("")
 
 
 def shape_text(shape: Sequence[int]) -> str:

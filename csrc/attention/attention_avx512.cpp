@@ -1,0 +1,2 @@
+#define MPLUG2_ISA avx512
+#include "attention/attention_rows.h"

@@ -160,6 +160,7 @@ def test_folder_round_trip(tiny, vocab, tmp_path):
     folder = tmp_path / "model"
     save_folder(tiny, vocab, folder)
     assert sorted(f.name for f in folder.iterdir()) == ["config.json", "model.safetensors", "vocab.txt"]
+    assert all(f.stat().st_mode & 0o044 == 0o044 for f in folder.iterdir()), "others may read a shared model"
     copy = mplug2.compose(["video-captioning", "video-qa"], folder, init=False)
     report = load_folder(copy, folder)
     assert not report.missing

@@ -79,6 +79,7 @@ def save_folder(parts: Parts, vocab_file: str | Path, folder: str | Path) -> Non
         tensors = {name: p.detach().contiguous() for name, p in parts.named_parameters()}
         save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
         for file in (CONFIG, VOCAB, WEIGHTS):
+            (new / file).chmod(0o644)
             with open(new / file, "rb") as f:
                 os.fsync(f.fileno())
         new.chmod(0o755)

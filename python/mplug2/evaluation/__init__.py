@@ -1,0 +1,1 @@
+"""Evaluation: metrics, and runs of a model over a data folder."""

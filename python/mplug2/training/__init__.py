@@ -1,0 +1,1 @@
+"""Training: recipes, the optimizer, the steps, and runs that can be resumed."""

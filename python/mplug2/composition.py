@@ -260,8 +260,8 @@ def _text_mask(ids: Tensor | None, mask: Tensor | None) -> Tensor | None:
 @torch.no_grad()
 def init_parameter(name: str, p: nn.Parameter) -> None:
     """Random start of one parameter of `Parts`, by its name: matrices and tables N(0, 0.02), norms 1 and 0, biases 0,
-    queries N(0, 1), temperature 0.07, taps of the temporal convolution U(-3^-0.5, 3^-0.5). Local temporal modules start as
-    the identity: their last map is 0."""
+    queries N(0, 1), temperature 0.07, taps of the temporal convolution U(-3^-0.5, 3^-0.5). Local temporal modules start
+    as the identity: their last map is 0."""
     module, _, kind = name.rpartition(".")
     if kind == "bias" or re.search(r"local_temporal\d\.up\.weight$", name):
         p.zero_()

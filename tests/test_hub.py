@@ -11,8 +11,6 @@ import mplug2
 from mplug2.config import PRESETS
 from mplug2.weights import WeightsError
 
-VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "boot"]
-
 
 @pytest.fixture
 def folder(tmp_path):
@@ -20,7 +18,6 @@ def folder(tmp_path):
     start = tmp_path / "start"
     start.mkdir()
     (start / "config.json").write_text(PRESETS["nano"].to_json())
-    (start / "vocab.txt").write_text("\n".join(VOCAB) + "\n")
     torch.manual_seed(0)
     mplug2.create_model(start, task="text-generation", random_weights=True).save(tmp_path / "model")
     return tmp_path / "model"

@@ -8,7 +8,7 @@ from mplug2 import create_model
 from mplug2.data.clothes.folder import write_folder
 from mplug2.data.clothes.pictures import BUNDLED
 from mplug2.data.clothes.scripts import QUESTIONS
-from mplug2.evaluation.accuracy import answer_accuracy, normalize_answer
+from mplug2.evaluation.accuracy import Share, answer_accuracy, normalize_answer
 from mplug2.evaluation.clothes import caption_accuracy
 from mplug2.evaluation.run import evaluate
 
@@ -42,33 +42,34 @@ def lines(path):
 
 def test_answers_are_compared_without_case_and_spaces():
     assert normalize_answer(" A T - Shirt ") == "a t-shirt"
-    assert answer_accuracy(["t - shirt", "red"], ["t-shirt", "blue"]) == 0.5
+    assert answer_accuracy(["t - shirt", "red"], ["t-shirt", "blue"]) == Share(1, 2)
 
 
 def test_captions_are_taken_apart():
     truths = ["a red shirt moves left", "a blue bag moves right", "a red coat grows", "a white bag spins"]
-    said = ["a red shirt moves right", "a blue bag moves right", "a red coat grows", "a white boot stays still"]
+    said = ["a red shirt moves right", "a blue bag moves right", "a red coat moves left", "a white boot stays still"]
     assert caption_accuracy(said, truths) == {
-        "item": 0.75, "color": 1.0, "motion": 0.5, "all": 0.5, "axis": 0.75,
-        "moves left / moves right": 0.5, "grows / shrinks": 1.0,
+        "item": Share(3, 4), "color": Share(4, 4), "motion": Share(1, 4), "all": Share(1, 4), "axis": Share(2, 4),
+        "moves left / moves right": Share(1, 2), "moves up / moves down": Share(0, 0), "grows / shrinks": Share(0, 0),
+        "direction": Share(1, 2),
     }  # fmt: skip
-    assert caption_accuracy(["a dog"], ["a red shirt grows"])["axis"] == 0.0
+    assert caption_accuracy(["a dog"], ["a red shirt grows"])["axis"] == Share(0, 1)
 
 
 def test_a_run_measures_and_keeps_predictions(folder, tmp_path):
     model = Parrot(folder, wrong={"0001.mp4"})
     result = evaluate(model, "video-captioning", folder, predictions=tmp_path / "p.jsonl", progress=False)
-    assert (result["item"], result["all"]) == (0.5, 0.5)
+    assert (result["item"], result["all"]) == (Share(1, 2), Share(1, 2))
     kept = lines(tmp_path / "p.jsonl")
     assert [k["prediction"] for k in kept] == [kept[0]["caption"], "a dog"]
-    assert evaluate(model, "video-captioning", folder, metric="accuracy", progress=False) == {"accuracy": 0.5}
+    assert evaluate(model, "video-captioning", folder, metric="accuracy", progress=False) == {"accuracy": Share(1, 2)}
     result = evaluate(model, "video-qa", folder, progress=False)
-    assert result == {"accuracy": 0.5, **dict.fromkeys(QUESTIONS, 0.5)}
+    assert result == {"accuracy": Share(3, 6), **dict.fromkeys(QUESTIONS, Share(1, 2))}
 
 
 def test_a_model_runs_over_a_folder(folder):
     result = evaluate(create_model("nano", random_weights=True), "video-qa", folder, progress=False)
-    assert 0 <= result["accuracy"] <= 1
+    assert 0 <= result["accuracy"].value <= 1
 
 
 def test_what_does_not_fit_is_named(folder, tmp_path):

@@ -248,10 +248,11 @@ def evaluate(
     options = {"metric": metric, "predictions": predictions, "progress": talk.is_terminal}
     shares = _or_exit(lambda: measure(loaded, task, folder, **options))
     if as_json:
-        print(json.dumps(shares))
+        print(json.dumps({name: {"right": share.right, "of": share.of} for name, share in shares.items()}))
         return
     for name, share in shares.items():
-        print(f"{name}: {100 * share:.1f} %")
+        if share.of:
+            print(f"{name}: {share.value:.1%} of {share.of}")
 
 
 @app.command()

@@ -52,9 +52,9 @@ def main() -> int:
 
     shares = caption_accuracy(captions, truths)
     tally = Table("named right", "item", "color", "motion", title=f"of {NUM_CLIPS} clips")
-    tally.add_row("by the caption", *(f"{shares[name]:.1%}" for name in ("item", "color", "motion")))
+    tally.add_row("by the caption", *(f"{shares[name].value:.1%}" for name in ("item", "color", "motion")))
     right = [answer_accuracy(*pair) for pair in zip(answers, expected, strict=True)]
-    tally.add_row("by the answer", *(f"{share:.1%}" for share in right))
+    tally.add_row("by the answer", *(f"{share.value:.1%}" for share in right))
     console.print(tally)
     console.print(
         f"{drawn - started:.1f} s to draw and encode the clips, {finished - drawn:.1f} s to load the model, read the "
@@ -63,7 +63,8 @@ def main() -> int:
     if not is_trained:
         console.print("The nano weights are not in this package: these captions come from random, untrained weights.")
         return 0
-    missed = [f"{name} {shares[name]:.1%} < {least:.0%}" for name, least in REQUIRED.items() if shares[name] < least]
+    named = {name: shares[name].value for name in REQUIRED}
+    missed = [f"{name} {named[name]:.1%} < {least:.0%}" for name, least in REQUIRED.items() if named[name] < least]
     if missed:
         console.print(f"failed: {', '.join(missed)}")
     return 1 if missed else 0

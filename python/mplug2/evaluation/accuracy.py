@@ -3,9 +3,28 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 _SPACED_HYPHEN = re.compile(r"\s*-\s*")
+
+
+@dataclass(frozen=True)
+class Share:
+    """`right` of `of` things were right."""
+
+    right: int
+    of: int
+
+    @classmethod
+    def of_all(cls, hits: Iterable[bool]) -> Share:
+        hits = list(hits)
+        return cls(sum(hits), len(hits))
+
+    @property
+    def value(self) -> float:
+        """Share in 0..1; NaN of nothing."""
+        return self.right / self.of if self.of else float("nan")
 
 
 def normalize_answer(text: str) -> str:
@@ -13,7 +32,7 @@ def normalize_answer(text: str) -> str:
     return _SPACED_HYPHEN.sub("-", " ".join(text.lower().split()))
 
 
-def answer_accuracy(answers: Sequence[str], truths: Sequence[str]) -> float:
-    """Share of answers that equal their truth after `normalize_answer`."""
+def answer_accuracy(answers: Sequence[str], truths: Sequence[str]) -> Share:
+    """Answers that equal their truth after `normalize_answer`."""
     pairs = zip(answers, truths, strict=True)
-    return sum(normalize_answer(a) == normalize_answer(t) for a, t in pairs) / len(truths)
+    return Share.of_all(normalize_answer(a) == normalize_answer(t) for a, t in pairs)

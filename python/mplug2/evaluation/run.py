@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.progress import track
 
-from mplug2.evaluation.accuracy import answer_accuracy
+from mplug2.evaluation.accuracy import Share, answer_accuracy
 from mplug2.evaluation.clothes import caption_accuracy
 from mplug2.model import Model
 
@@ -25,7 +25,7 @@ def evaluate(
     metric: str | None = None,
     predictions: str | Path | None = None,
     progress: bool = True,
-) -> dict[str, float]:
+) -> dict[str, Share]:
     """Measure a model on a folder of videos and annotations.
 
     Args:
@@ -37,7 +37,7 @@ def evaluate(
         progress: show a bar.
 
     Returns:
-        Shares in 0..1 by name.
+        Name -> how many of how many were right.
     """
     if task not in _FILES:
         raise ValueError(f"evaluate: task must be one of {', '.join(_FILES)}, got {task!r}")

@@ -4,7 +4,14 @@
 // tokens per frame, S queries, K keys, N heads, H head dim, D width, V vocabulary, M rows.
 #include <torch/csrc/stable/library.h>
 
+#ifndef MPLUG2_EMULATED
 #include "core/cpu.h"
+#endif
+
+// The emulated CUDA kernels (tests/emulator) implement the same schemas in a namespace of their own.
+#ifndef MPLUG2_NAMESPACE
+#define MPLUG2_NAMESPACE mplug2
+#endif
 
 namespace {
 
@@ -14,15 +21,9 @@ void define(torch::stable::detail::StableLibrary& m, const std::string& name, co
   m.def((name + "_reference" + signature).c_str());
 }
 
-std::string instruction_set() { return mplug2::isa_name(mplug2::cpu_isa()); }
-
-void force_instruction_set(std::string name) { mplug2::force_isa(name); }
-
-bool has_bf16_products() { return mplug2::has_bf16_products(); }
-
 }  // namespace
 
-STABLE_TORCH_LIBRARY(mplug2, m) {
+STABLE_TORCH_LIBRARY(MPLUG2_NAMESPACE, m) {
   // out = softmax(scale q k^T) v over the keys j that query s of S may see: j < key_lengths[b], key_mask[b, j] and,
   // where causal, j <= s + K - S. lse = log sum exp of the scaled scores, empty unless asked for. q (B*G, S, N, H), row
   // b*G + g reads row b of k and v (B, K, N, H); out like q; lse (B*G, N, S). A query without keys: out 0, lse -inf,
@@ -76,6 +77,18 @@ STABLE_TORCH_LIBRARY(mplug2, m) {
          "float label_smoothing) -> (Tensor dx, Tensor dweight, Tensor dbias)");
 }
 
+#ifndef MPLUG2_EMULATED
+
+namespace {
+
+std::string instruction_set() { return mplug2::isa_name(mplug2::cpu_isa()); }
+
+void force_instruction_set(std::string name) { mplug2::force_isa(name); }
+
+bool has_bf16_products() { return mplug2::has_bf16_products(); }
+
+}  // namespace
+
 // What the CPU at hand offers: "baseline", "avx2", "avx512" or "amx"; and whether it multiplies bfloat16 in hardware.
 STABLE_TORCH_LIBRARY(mplug2_cpu, m) {
   m.def("instruction_set() -> str");
@@ -88,3 +101,5 @@ STABLE_TORCH_LIBRARY_IMPL(mplug2_cpu, CompositeExplicitAutograd, m) {
   m.impl("has_bf16_products", TORCH_BOX(&has_bf16_products));
   m.impl("force_instruction_set", TORCH_BOX(&force_instruction_set));
 }
+
+#endif

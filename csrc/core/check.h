@@ -59,6 +59,15 @@ inline void check_dtype(const char* op, const char* name, const Tensor& t, Scala
                   " like the first argument, got ", dtype_text(t.scalar_type()));
 }
 
+// NOTE: one tensor on a GPU is enough for the dispatcher to choose the GPU's kernel, which would read the others there.
+inline void check_device(const char* op, const char* name, const Tensor& t, const Tensor& first) {
+  const auto text = [](const Tensor& of) {
+    return of.is_cuda() ? "cuda:" + std::to_string(of.get_device_index()) : "cpu";
+  };
+  STD_TORCH_CHECK(t.device() == first.device(), op, ": ", name, " must be on ", text(first),
+                  " like the first argument, got ", text(t));
+}
+
 inline void check_floating(const char* op, const char* name, const Tensor& t) {
   const ScalarType dtype = t.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ||

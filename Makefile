@@ -6,9 +6,9 @@ WORKERS ?= 2
 
 BIN := .venv/bin
 READY := .venv/ready.stamp
-CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES = $(shell find csrc benchmarks tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build demo test bench lint clean
+.PHONY: build demo test bench lint cuda clean
 
 build: $(READY)
 
@@ -25,6 +25,10 @@ lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+# Compiles every CUDA kernel for every architecture and shows registers, spills and instructions; needs nvcc, no GPU.
+cuda: build
+	$(BIN)/python build_tools/cuda_report.py
 
 clean:
 	rm -rf .venv build dist

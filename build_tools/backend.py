@@ -14,6 +14,7 @@ from scikit_build_core.build import (
     prepare_metadata_for_build_wheel,
 )
 
+from cutlass_headers import needs_pip
 from torch_headers import torch_include
 
 __all__ = [
@@ -31,8 +32,8 @@ __all__ = [
 TORCH_FOR_HEADERS = "torch>=2.11,<2.14"
 
 
-def _with_torch(requires: list[str]) -> list[str]:
-    return list(requires) if torch_include() else [*requires, TORCH_FOR_HEADERS]
+def _with_headers(requires: list[str]) -> list[str]:
+    return [*requires, *([] if torch_include() else [TORCH_FOR_HEADERS]), *(["pip"] if needs_pip() else [])]
 
 
 def _tell_cmake() -> None:
@@ -41,11 +42,11 @@ def _tell_cmake() -> None:
 
 
 def get_requires_for_build_wheel(config_settings=None):
-    return _with_torch(_build.get_requires_for_build_wheel(config_settings))
+    return _with_headers(_build.get_requires_for_build_wheel(config_settings))
 
 
 def get_requires_for_build_editable(config_settings=None):
-    return _with_torch(_build.get_requires_for_build_editable(config_settings))
+    return _with_headers(_build.get_requires_for_build_editable(config_settings))
 
 
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import mplug2
-from mplug2 import _library, info
+from mplug2 import _library, info, proofs
 
 
 def run(*arguments: str) -> str:
@@ -40,7 +40,9 @@ def test_libraries_say_where_from_or_why_not():
     assert set(libraries) == {"_cpu", "_frames", "_cuda"}
     assert libraries["_cpu"]["path"].endswith("_cpu.so")
     assert libraries["_frames"]["path"]
-    assert libraries["_cuda"]["path"] is None
+    if torch.version.cuda is None:
+        assert libraries["_cuda"]["path"] is None
+        assert "without CUDA" in libraries["_cuda"]["reason"]
     assert all(library["reason"] for library in libraries.values())
 
 
@@ -66,6 +68,38 @@ def test_tables_name_every_library_and_op():
         *(row["op"] for row in facts["ops"]),
     ]:
         assert name in text
+
+
+def _record(name, capability, digest="d" * 64):
+    return proofs.Record("linear", name, digest, capability, "A GPU", "nvcc 13.0", "CUDA 13.0", "2.13.0", "2026-01-02")
+
+
+def test_explain_gives_every_kernel_a_layer_and_the_reason():
+    kernels = [
+        proofs.Instance("linear", "proven", "d" * 64, ("9.0",), (), 0),
+        proofs.Instance("linear", "slower", "d" * 64, ("9.0",), ("9.0",), 0),
+        proofs.Instance("linear", "elsewhere", "d" * 64, ("8.0",), (), 0),
+        proofs.Instance("linear", "changed", "e" * 64, (), (), 0),
+    ]
+    records = [
+        _record("proven", "9.0"),
+        _record("slower", "9.0"),
+        _record("elsewhere", "8.0"),
+        _record("changed", "9.0"),
+    ]
+    rows = {row["instance"]: row for row in info.explain(kernels, records, {"9.0"})}
+    assert {name: row["layer"] for name, row in rows.items()} == {
+        "proven": "portable", "slower": "reference", "elsewhere": "reference", "changed": "reference",
+    }  # fmt: skip
+    assert rows["proven"]["reason"] == "sources dddddddddddd are proven on 9.0, A GPU, 2026-01-02"
+    assert "the reference was measured to be faster" in rows["slower"]["reason"]
+    assert "(on 8.0 it is): run `mplug2 doctor`" in rows["elsewhere"]["reason"]
+    assert rows["changed"]["reason"] == "sources eeeeeeeeeeee are not proven on 9.0: run `mplug2 doctor`"
+
+
+def test_explain_without_kernels_says_why():
+    if _library.load_cuda().path is None:
+        assert _library.load_cuda().reason in " ".join(run("--explain").split())
 
 
 def test_missing_cpu_library_is_one_line_that_names_the_command(monkeypatch, tmp_path):

@@ -256,16 +256,40 @@ def evaluate(
 
 
 @app.command()
-def info(as_json: AsJson = False) -> None:
+def info(
+    as_json: AsJson = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Every CUDA kernel: does it serve, and why.")] = False,
+) -> None:
     """Versions, CPU, devices, compiled libraries, and which layer each op would run in.
 
-    Example:
+    Examples:
 
     `mplug2 info --json`
+
+    `mplug2 info --explain`
     """
     from mplug2 import info as facts
 
-    facts.show(as_json=as_json)
+    facts.show(as_json=as_json, explain=explain)
+
+
+@app.command()
+def doctor(
+    as_json: AsJson = False,
+    op: Annotated[list[str] | None, typer.Option(help="Only this op; may be repeated.", show_default=False)] = None,
+    write: Annotated[
+        Path | None, typer.Option(help="File to add the records to, instead of this user's.", show_default=False)
+    ] = None,
+) -> None:
+    """Prove the CUDA kernels on this machine's GPU, and record what passed: it serves from then on.
+
+    Example:
+
+    `mplug2 doctor`
+    """
+    from mplug2 import doctor as proving
+
+    proving.doctor(as_json=as_json, op=op, write=write)
 
 
 def _model(name: str, tasks: Sequence[str] | None, weights, random_weights: bool, seed: int, device: str, dtype: Dtype):

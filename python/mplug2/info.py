@@ -1,6 +1,6 @@
 """What mplug2 finds on this machine: versions, CPU, devices, compiled libraries, and the layer each op would run in.
 
-`python -m mplug2.info [--json]` is the same as `mplug2 info`.
+`python -m mplug2.info [--json] [--explain]` is the same as `mplug2 info`.
 """
 
 import json
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mplug2 import _library
+from mplug2 import _library, proofs
 
 PACKAGES = (
     "mplug2", "torch", "numpy", "av", "pillow", "tokenizers", "safetensors", "huggingface_hub", "typer", "rich",
@@ -37,18 +37,49 @@ def report() -> dict[str, Any]:
         devices: one dict per CUDA device: name, capability, memory_bytes; empty without CUDA.
         libraries: one dict per compiled library: name, path (None: not loaded), reason.
         ops: one dict per op: op, layer, reason; empty where `_cpu` did not load.
+        kernels: what `explain` says of the CUDA kernels; empty where `_cuda` did not load.
     """
     libraries = [vars(library) for library in _library.libraries()]
+    devices = [_device(index) for index in range(torch.cuda.device_count())]
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "cpu": _cpu(),
-        "devices": [_device(index) for index in range(torch.cuda.device_count())],
+        "devices": devices,
         "libraries": libraries,
         "ops": _ops() if libraries[0]["path"] else [],
+        "kernels": _kernels({device["capability"] for device in devices}) if libraries[2]["path"] else [],
     }
 
 
-def show(as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False) -> None:
+def explain(
+    instances: list[proofs.Instance], records: list[proofs.Record], capabilities: set[str]
+) -> list[dict[str, str]]:
+    """For every kernel instance on GPUs of every capability: op, instance, capability, layer that runs, and why."""
+    known = {record.key: record for record in records}
+    rows = []
+    for instance in instances:
+        short = instance.digest[:12]
+        for capability in sorted(capabilities):
+            record = known.get((instance.name, instance.digest, capability))
+            others = sorted(r.capability for r in records if (r.instance, r.digest) == (instance.name, instance.digest))
+            if capability not in instance.proven:
+                elsewhere = f" (on {', '.join(others)} it is)" if others else ""
+                reason = f"sources {short} are not proven on {capability}{elsewhere}: run `mplug2 doctor`"
+            else:
+                by = f", {record.device}, {record.date}" if record else ""
+                reason = f"sources {short} are proven on {capability}{by}"
+            layer = "portable" if capability in instance.proven else "reference"
+            if layer == "portable" and capability in instance.slower:
+                layer, reason = "reference", f"{reason}, but there the reference was measured to be faster"
+            row = {"op": instance.op, "instance": instance.name, "capability": capability}
+            rows.append(row | {"layer": layer, "reason": reason})
+    return rows
+
+
+def show(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Every CUDA kernel: does it serve, and why.")] = False,
+) -> None:
     """Print versions, CPU features, devices, compiled libraries, and for every op which layer would run and why."""
     facts = report()
     if as_json:
@@ -75,6 +106,13 @@ def show(as_json: Annotated[bool, typer.Option("--json", help="One JSON object i
     console.print(_table("Compiled libraries", ["library", "path", "reason"], rows))
     rows = [(op["op"], op["layer"], op["reason"]) for op in facts["ops"]]
     console.print(_table("Ops", ["op", "layer", "reason"], rows))
+    if explain:
+        rows = [tuple(kernel.values()) for kernel in facts["kernels"]]
+        if not rows:
+            library = facts["libraries"][2]
+            why = "no CUDA device" if library["path"] else library["reason"]
+            rows = [("all", "none", "none", "reference", why)]
+        console.print(_table("CUDA kernels", ["op", "kernel", "capability", "layer", "reason"], rows))
 
 
 def _table(title: str, columns: list[str], rows: list[tuple[str, ...]]) -> Table:
@@ -123,6 +161,16 @@ def _ops() -> list[dict[str, str]]:
     from mplug2 import ops  # needs `_cpu`, which the report must be able to do without
 
     return [{"op": op, "layer": layer, "reason": reason} for op, layer, reason in ops.layers()]
+
+
+def _kernels(capabilities: set[str]) -> list[dict[str, str]]:
+    records = []
+    for file in (proofs.SHIPPED, proofs.user_cache()):
+        try:
+            records += proofs.read(file)
+        except ValueError:
+            continue  # the library's own reason names the file
+    return explain(proofs.instances(torch.ops.mplug2_cuda), records, capabilities)
 
 
 if __name__ == "__main__":

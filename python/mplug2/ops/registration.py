@@ -11,6 +11,7 @@ from torch import Tensor
 from mplug2 import _library
 
 _library.load_ops()
+_library.load_cuda()
 
 DEVICES = ("cpu", "cuda")
 LOW, FULL, AS_GIVEN = "low", "full", "as given"  # autocast rules: the context's dtype, float32, no change
@@ -86,28 +87,45 @@ def layers() -> list[tuple[str, str, str]]:
         if torch.ops.mplug2_cpu.has_bf16_products()
         else "bfloat16 multiplied in float32, as this CPU has no bfloat16 products"
     )
-    kernel = f"float32 and bfloat16 by the compiled kernel, {products}; other dtypes and devices by the reference"
-    return [
-        (name, f"cpu {isa}" if "cpu" in devices else "reference", kernel if "cpu" in devices else "no compiled kernel")
-        for name, devices in _devices.items()
-    ]
+    kernel = f"float32 and bfloat16 by the compiled kernel, {products}"
+    rows = []
+    for name, devices in _devices.items():
+        layer, reason = (f"cpu {isa}", kernel) if "cpu" in devices else ("reference", "no compiled kernel for the CPU")
+        if "cuda" in devices:
+            reason += "; on CUDA bfloat16 and float16 by kernels where they are proven"
+        rows.append((name, layer, reason + "; all else by the reference"))
+    return rows
+
+
+_forced = {"cpu": "", "cuda": ""}  # the layer that layer() holds a device to; "" is the usual choice
 
 
 @contextmanager
 def layer(name: str) -> Iterator[None]:
-    """Force the layer that runs ops on the CPU: "reference", or an instruction set that it has: "baseline", "avx2",
-    "avx512", "amx".
+    """Force the layer that runs ops: "reference" on every device; an instruction set that this CPU has, "baseline",
+    "avx2", "avx512" or "amx", on the CPU; "portable", the kernels for every GPU since Ampere, proven or not, on CUDA.
 
-    For tests and benchmarks; it holds for the whole process while the context is open.
+    For tests and benchmarks; it holds for the whole process while the context is open, and contexts nest.
 
     Raises:
-        RuntimeError: this CPU does not have that layer.
+        RuntimeError: this machine does not have that layer.
     """
-    torch.ops.mplug2_cpu.force_instruction_set(name)
+    if name == "portable" and _library.load_cuda().path is None:
+        raise RuntimeError(f'layer: "portable" is CUDA kernels, and there are none: {_library.load_cuda().reason}')
+    before = dict(_forced)
+    devices = DEVICES if name == "reference" else ("cuda",) if name == "portable" else ("cpu",)
     try:
+        _force({**before, **dict.fromkeys(devices, name)})
         yield
     finally:
-        torch.ops.mplug2_cpu.force_instruction_set("")
+        _force(before)
+
+
+def _force(names: dict[str, str]) -> None:
+    torch.ops.mplug2_cpu.force_instruction_set(names["cpu"])
+    if _library.load_cuda().path is not None:
+        torch.ops.mplug2_cuda.force_layer(names["cuda"])
+    _forced.update(names)
 
 
 def shape_text(shape: Sequence[int]) -> str:

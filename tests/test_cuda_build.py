@@ -1,0 +1,118 @@
+"""The CUDA kernels as machine code: no spills, no traps, the instructions that are meant; and the library they make."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mplug2 import _library
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "build_tools"))
+import cuda_report  # noqa: E402
+import digests  # noqa: E402
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+
+# What the machine code of a kernel must hold, on every architecture. Every kernel matches one line.
+WIDE, EXP = ("LDG.128", "STG.128"), ("EX2",)
+EXPECTED = {
+    r"sum_parts_kernel": (),  # a few kilobytes, read once
+    r"add_layer_norm::(fwd|bwd)_kernel": WIDE,
+    r"attention::short_fwd_kernel": ("HMMA", "LDSM", "LDGSTS", "STG.128", "EX2"),
+    r"linear::(fwd|bwd)_kernel<\w+, Identity>": WIDE,
+    r"linear::(fwd|bwd)_kernel<\w+, (QuickGelu|Gelu)>": WIDE + EXP,
+    r"local_temporal::norm_(bwd_)?kernel": WIDE,
+    r"local_temporal::mix_(bwd_)?kernel": WIDE + EXP,
+    r"linear_cross_entropy::fwd_kernel": ("LDG.128", "EX2"),
+    r"linear_cross_entropy::bwd_kernel": WIDE + EXP,
+    r"linear_cross_entropy::add_kernel": WIDE,
+}
+
+
+def _label(path: Path) -> str:
+    return str(path.relative_to(digests.CSRC))
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", cuda_report.ARCHS)
+@pytest.mark.parametrize("source", cuda_report.sources(), ids=_label)
+def test_machine_code(source, arch):
+    kernels = cuda_report.report((arch,), jobs=1, paths=[source])
+    assert kernels, "a file without kernels"
+    complaints = cuda_report.complaints(kernels)
+    assert not complaints, "\n".join(complaints)
+    for kernel in kernels:
+        rows = [wanted for pattern, wanted in EXPECTED.items() if re.match(pattern, kernel.name)]
+        assert len(rows) == 1, f"{kernel.name}: {len(rows)} lines of EXPECTED, where there must be one"
+        absent = [label for label in rows[0] if not kernel.counts[label]]
+        assert not absent, f"sm_{arch}: {kernel.name} has no {', '.join(absent)}"
+
+
+BAD = """
+#include <cstdio>
+#include <cute/arch/copy_sm90.hpp>
+__global__ void traps(uint4* from, cute::uint128_t* shared) {
+  cute::SM90_U32x4_STSM_N::copy(from->x, from->y, from->z, from->w, *shared);
+}
+__global__ void spills(float* x) {
+  float all[1000];
+  for (int i = 0; i < 1000; ++i) all[i] = x[i];
+  all[static_cast<int>(x[1000])] = 1;
+  x[0] = all[static_cast<int>(x[1001])];
+}
+"""
+
+
+@needs_nvcc
+def test_traps_and_stack_frames_are_found(monkeypatch, tmp_path):
+    source = tmp_path / "bad" / "bad_cuda.cu"
+    source.parent.mkdir()
+    source.write_text(BAD)
+    monkeypatch.setattr(digests, "CSRC", tmp_path)
+    monkeypatch.setattr(cuda_report, "CACHE", tmp_path / "cubin")
+    kernels = {kernel.name: kernel for kernel in cuda_report.report(("80",), jobs=1)}
+    assert set(kernels) == {"traps", "spills"}
+    assert kernels["traps"].forbidden
+    assert kernels["spills"].stack == 4000
+    assert len(cuda_report.complaints(list(kernels.values()))) >= 2
+
+
+LOAD = """
+import ctypes, os, sys, torch
+import mplug2
+from mplug2 import proofs
+ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
+ctypes.CDLL(sys.argv[2], mode=os.RTLD_LAZY)  # symbols of libtorch_cuda stay open, which a CPU build does not have
+for instance in proofs.instances(torch.ops.mplug2_cuda):
+    print(instance.op, instance.digest)
+for schema in torch._C._jit_get_all_schemas():
+    if schema.name.startswith("mplug2::") and torch._C._dispatch_has_kernel_for_dispatch_key(schema.name, "CUDA"):
+        print("kernel", schema.name)
+print("initialised", torch.cuda.is_initialized())
+"""
+
+
+def _runtime() -> Path | None:
+    """The CUDA runtime beside nvcc; /usr/local/bin/nvcc may be a link or a script."""
+    folders = [Path(os.path.realpath(shutil.which("nvcc") or "/")).parents[1], *Path("/usr/local").glob("cuda*")]
+    found = (path for folder in folders for name in ("lib64", "lib") for path in (folder / name).glob("libcudart.so.*"))
+    return next(found, None)
+
+
+def test_library_registers_every_op_with_the_digest_of_its_sources():
+    path = _library._find("_cuda.so")
+    if path is None or _runtime() is None:
+        pytest.skip("no _cuda.so was built" if path is None else "no CUDA runtime library")
+    command = [sys.executable, "-c", LOAD, str(_runtime()), str(path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *lines, last = (tuple(line.split()) for line in done.stdout.splitlines())
+    kernels = {line[1] for line in lines if line[0] == "kernel"}
+    assert {line for line in lines if line[0] != "kernel"} == {(op, digests.digest(op)) for op in digests.ops()}
+    assert {f"mplug2::{op}_fwd" for op in digests.ops()} <= kernels
+    assert last == ("initialised", "False")

@@ -16,33 +16,45 @@ def ours(x, residual, weight, bias):
     return ops.add_layer_norm(x, residual, weight, bias, eps=1e-5)
 
 
-def run_case(args, dtype: str) -> None:
+def run_case(args, dtype: str, layer: str) -> None:
     torch.manual_seed(0)
-    sizes = ((args.rows, args.width), (args.rows, args.width), (args.width,), (args.width,))
-    tensors = [torch.randn(size).to(bench.DTYPES[dtype]) for size in sizes]
+    number = bench.DTYPES[dtype]
+    x, residual = (torch.randn(args.rows, args.width).to(args.device, number) for _ in range(2))
+    weight, bias = (torch.randn(args.width).to(args.device, number) for _ in range(2))
+    inputs = bench.Inputs(x, residual)
     shape = f"rows={args.rows} D={args.width}"
+    tensor_gigabytes = 1e-9 * x.numel() * x.element_size()
 
-    def step(function):
-        leaves = [t.detach().requires_grad_() for t in tensors]
-        torch.autograd.backward(function(*leaves), [tensors[0], tensors[1]])
+    def step(function, x, residual):
+        leaves = [t.detach().requires_grad_() for t in (x, residual, weight, bias)]
+        torch.autograd.backward(function(*leaves), [x, residual])
 
+    runs = {"ours": ours, "apart eager": apart, **bench.compiled(apart, args, "apart compiled")}
     with torch.no_grad():
-        torch.testing.assert_close(ours(*tensors)[0], apart(*tensors)[0], rtol=0.02, atol=0.02)
-        candidates = {
-            "ours": lambda: ours(*tensors),
-            "apart eager": lambda: apart(*tensors),
-            **bench.compiled(lambda: apart(*tensors), args, "apart compiled"),
-        }
-        bench.report("add_layer_norm forward", dtype, shape, bench.measure(candidates, args.rounds))
-    candidates = {"ours": lambda: step(ours), "apart eager": lambda: step(apart)}
-    bench.report("add_layer_norm forward + backward", dtype, shape, bench.measure(candidates, args.rounds))
+        truth = apart(*(t.double() for t in (x, residual, weight, bias)))[0]
+        errors = {name: (run(x, residual, weight, bias)[0] - truth).abs().max().item() for name, run in runs.items()}
+        torch.testing.assert_close(ours(x, residual, weight, bias)[0].double(), truth, rtol=0.02, atol=0.05)
+        candidates = {name: lambda run=run: run(*inputs.next(), weight, bias) for name, run in runs.items()}
+        timings = bench.measure(bench.present(candidates), args.rounds)
+    bench.report(
+        "add_layer_norm forward", dtype, shape, timings,
+        gigabytes=4 * tensor_gigabytes, errors=errors, baseline="apart eager", layer=layer,
+    )  # fmt: skip
+    trained = {"ours": ours, "apart eager": apart}
+    candidates = {name: lambda run=run: step(run, *inputs.next()) for name, run in trained.items()}
+    timings = bench.measure(candidates, args.rounds)
+    bench.report(
+        "add_layer_norm forward + backward", dtype, shape, timings,
+        gigabytes=8 * tensor_gigabytes, baseline="apart eager", layer=layer,
+    )  # fmt: skip
 
 
 def main() -> None:
     args = bench.arguments(__doc__, rows=4112, width=1024)
     bench.start()
-    for dtype in args.dtype:
-        run_case(args, dtype)
+    with bench.our_layer() as layer:
+        for dtype in args.dtype:
+            run_case(args, dtype, layer)
     bench.finish()
 
 

@@ -17,6 +17,9 @@ inline void check_add_layer_norm(const Tensor& x, const Tensor& residual, const 
   check_dtype(op, "residual", residual, x.scalar_type());
   check_dtype(op, "weight", weight, x.scalar_type());
   check_dtype(op, "bias", bias, x.scalar_type());
+  check_device(op, "residual", residual, x);
+  check_device(op, "weight", weight, x);
+  check_device(op, "bias", bias, x);
 }
 
 }  // namespace mplug2

@@ -70,7 +70,7 @@ std::tuple<Tensor, Tensor> linear_fwd(const Tensor& x, const Tensor& weight, std
 std::tuple<Tensor, Tensor, Tensor> linear_bwd(const Tensor& dout, const Tensor& x, const Tensor& weight,
                                               const Tensor& pre, std::string activation) {
   const Activation kind = check_activation(activation);
-  check_linear(x, weight, std::nullopt, dout);
+  check_linear_bwd(dout, x, weight, pre, kind);
   if (!has_kernel(x) || x.numel() == 0 || weight.numel() == 0)
     return call<std::tuple<Tensor, Tensor, Tensor>>("mplug2::linear_bwd_reference", "", dout, x, weight, pre,
                                                     activation);

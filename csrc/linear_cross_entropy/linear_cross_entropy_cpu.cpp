@@ -92,9 +92,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_bwd(const Tensor& dloss,
                                                             const Tensor& lse, int64_t ignore_index,
                                                             double label_smoothing) {
   const LinearCrossEntropyShape shape =
-      check_linear_cross_entropy(x, weight, targets_, bias, ignore_index, label_smoothing);
-  check_shape("linear_cross_entropy", "dloss", dloss, "[M]", {x.size(0)});
-  check_shape("linear_cross_entropy", "lse", lse, "[M]", {x.size(0)});
+      check_linear_cross_entropy_bwd(dloss, x, weight, targets_, bias, lse, ignore_index, label_smoothing);
   const Tensor targets = torch::stable::contiguous(targets_);
   check_targets(targets, shape);
   if (!has_kernel(x) || x.numel() == 0 || weight.numel() == 0)

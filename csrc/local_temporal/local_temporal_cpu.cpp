@@ -175,12 +175,7 @@ Gradients local_temporal_bwd(const Tensor& dout, const Tensor& x, const Tensor& 
                              const Tensor& conv_weight, const Tensor& conv_bias, const Tensor& up_weight,
                              const Tensor& up_bias, int64_t num_prefix_tokens, double eps) {
   const LocalTemporalWeights w{ln_weight, ln_bias, down_weight, down_bias, conv_weight, conv_bias, up_weight, up_bias};
-  const LocalTemporalShape shape = check_local_temporal(x, w, num_prefix_tokens, eps);
-  check_shape("local_temporal", "dout", dout, "[B, T, L, D]", {x.size(0), x.size(1), x.size(2), x.size(3)});
-  check_dtype("local_temporal", "dout", dout, x.scalar_type());
-  const int64_t count = x.size(0) * x.size(1) * x.size(2);
-  check_shape("local_temporal", "hidden", hidden, "[B*T*L, D/2]", {count, shape.hidden});
-  check_dtype("local_temporal", "hidden", hidden, x.scalar_type());
+  const LocalTemporalShape shape = check_local_temporal_bwd(dout, x, hidden, w, num_prefix_tokens, eps);
   if (!has_kernel(x) || x.numel() == 0 || shape.hidden == 0)
     return call<Gradients>("mplug2::local_temporal_bwd_reference", "", dout, x, hidden, ln_weight, ln_bias, down_weight,
                            down_bias, conv_weight, conv_bias, up_weight, up_bias, num_prefix_tokens, eps);

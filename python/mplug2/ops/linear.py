@@ -96,6 +96,8 @@ def _setup_context(ctx, inputs, output):
 def _autograd(ctx, dout, dpre):
     if dout is None:
         return (None,) * 6
+    if not any(ctx.needs_input_grad[:3]):  # the residual alone: pre was not kept
+        return None, None, None, None, dout, None
     dx, dweight, dbias = _backward(dout, *ctx.saved_tensors, ctx.activation)
     return dx, dweight, dbias if ctx.has_bias else None, None, dout if ctx.has_residual else None, None
 

@@ -16,6 +16,8 @@ inline AttentionShape check_attention(const Tensor& q, const Tensor& k, const Te
   check_shape(op, "v", v, "[B, K, N, H]", {k.size(0), k.size(1), k.size(2), k.size(3)});
   check_dtype(op, "k", k, q.scalar_type());
   check_dtype(op, "v", v, q.scalar_type());
+  check_device(op, "k", k, q);
+  check_device(op, "v", v, q);
   const int64_t batch = k.size(0);
   STD_TORCH_CHECK(batch == 0 ? q.size(0) == 0 : q.size(0) % batch == 0, op,
                   ": q must have a multiple of k's rows, B = ", batch, ", got ", q.size(0));
@@ -24,11 +26,13 @@ inline AttentionShape check_attention(const Tensor& q, const Tensor& k, const Te
     const ScalarType dtype = key_lengths->scalar_type();
     STD_TORCH_CHECK(dtype == ScalarType::Long || dtype == ScalarType::Int, op,
                     ": key_lengths must be int64 or int32, got ", dtype_text(dtype));
+    check_device(op, "key_lengths", *key_lengths, q);
   }
   if (key_mask) {
     check_shape(op, "key_mask", *key_mask, "[B, K]", {batch, k.size(1)});
     STD_TORCH_CHECK(key_mask->scalar_type() == ScalarType::Bool, op, ": key_mask must be bool, got ",
                     dtype_text(key_mask->scalar_type()));
+    check_device(op, "key_mask", *key_mask, q);
   }
   return {batch, batch == 0 ? 1 : q.size(0) / batch, q.size(1), k.size(1), q.size(2), q.size(3)};
 }

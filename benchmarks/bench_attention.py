@@ -3,6 +3,7 @@
 import bench
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mplug2 import ops
 
@@ -24,41 +25,88 @@ def sdpa(q, k, v):
     return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
 
 
-def run_case(args, dtype: str, name: str) -> None:
+def on_cuda(args) -> dict:
+    """SDPA's backends one by one, and FlexAttention."""
+    if args.device == "cpu":
+        return {}
+
+    def only(backend):
+        def run(q, k, v):
+            with sdpa_kernel(backend):
+                return sdpa(q, k, v)
+
+        return run
+
+    names = {"SDPA flash": "FLASH_ATTENTION", "SDPA cudnn": "CUDNN_ATTENTION", "SDPA efficient": "EFFICIENT_ATTENTION"}
+    peers = {name: only(getattr(SDPBackend, backend)) for name, backend in names.items()}
+    if not args.no_compile:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        peers["FlexAttention"] = torch.compile(
+            lambda q, k, v: flex_attention(
+                *(t.transpose(1, 2) for t in (q, *(t.repeat_interleave(q.shape[0] // k.shape[0], 0) for t in (k, v))))
+            ).transpose(1, 2)
+        )
+    return peers
+
+
+def run_case(args, dtype: str, name: str, layer: str) -> None:
     torch.manual_seed(0)
     batch, groups, queries, keys, backward = SHAPES[name]
+    batch *= args.batch
     heads = (args.heads, args.head_dim)
     if queries == keys:  # views into a packed projection
-        q, k, v = torch.randn(batch, keys, 3, *heads).to(bench.DTYPES[dtype]).unbind(2)
+        inputs = bench.Inputs(torch.randn(batch, keys, 3, *heads).to(args.device, bench.DTYPES[dtype]))
     else:
-        q = torch.randn(batch * groups, queries, *heads).to(bench.DTYPES[dtype])
-        k, v = torch.randn(batch, keys, 2, *heads).to(q.dtype).unbind(2)
+        q = torch.randn(batch * groups, queries, *heads).to(args.device, bench.DTYPES[dtype])
+        inputs = bench.Inputs(q, torch.randn(batch, keys, 2, *heads).to(args.device, q.dtype))
+
+    def tensors():
+        *first, packed = inputs.next()
+        return *first, *packed.unbind(2)
+
     shape = f"{name}: B={batch} G={groups} S={queries} K={keys} N={heads[0]} H={heads[1]}"
-    gflop = 4e-9 * batch * groups * queries * keys * heads[0] * heads[1]
+    scores = 1e-9 * batch * groups * queries * keys * heads[0]
+    gflop = 4 * scores * heads[1]
+    q, k, v = tensors()
+    # q and out, k and v; the backward pass reads the four and dout, and writes dq, dk, dv
+    gigabytes = 1e-9 * q.element_size() * (2 * q.numel() + 2 * k.numel())
+    both = gigabytes + 1e-9 * q.element_size() * (4 * q.numel() + 4 * k.numel())
+    runs = {"ours": ops.attention, "SDPA": sdpa, **on_cuda(args)}
     with torch.no_grad():
+        some = (q[:groups], k[:1], v[:1])
+        truth = sdpa(*(t.double() for t in some))
         torch.testing.assert_close(ops.attention(q, k, v), sdpa(q, k, v), rtol=0.02, atol=0.02)
-        candidates = {"ours": lambda: ops.attention(q, k, v), "SDPA": lambda: sdpa(q, k, v)}
+        candidates = bench.present({name: lambda run=run: run(*tensors()) for name, run in runs.items()})
+        errors = {name: (runs[name](*some) - truth).abs().max().item() for name in ("ours", "SDPA")}
         timings = bench.measure(candidates, args.rounds)
-    bench.report("attention forward", dtype, shape, timings, gflop=gflop)
+    bench.report(
+        "attention forward", dtype, shape, timings, gflop=gflop, gigabytes=gigabytes, exponentials=scores,
+        errors=errors if args.device == "cuda" else None, baseline="SDPA", layer=layer,
+    )  # fmt: skip
     if not backward:
         return
 
     def step(function):
-        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        leaves = [t.detach().requires_grad_() for t in tensors()]
         out = function(*leaves)
         out.backward(torch.ones_like(out))
 
-    candidates = {"ours": lambda: step(ops.attention), "SDPA": lambda: step(sdpa)}
+    candidates = bench.present({name: lambda run=run: step(run) for name, run in runs.items()})
     timings = bench.measure(candidates, max(3, args.rounds // 3))
-    bench.report("attention forward + backward", dtype, shape, timings, gflop=3.5 * gflop)
+    bench.report(
+        "attention forward + backward", dtype, shape, timings, gflop=3.5 * gflop, gigabytes=both,
+        exponentials=2 * scores, layer=layer,
+    )  # fmt: skip
 
 
 def main() -> None:
-    args = bench.arguments(__doc__, heads=16, head_dim=64)
+    args = bench.arguments(__doc__, batch=1, heads=16, head_dim=64)
     bench.start()
-    for dtype in args.dtype:
-        for name in SHAPES:
-            run_case(args, dtype, name)
+    with bench.our_layer() as layer:
+        for dtype in args.dtype:
+            for name in SHAPES:
+                run_case(args, dtype, name, layer)
     bench.finish()
 
 

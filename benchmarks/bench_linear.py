@@ -13,35 +13,41 @@ EPILOGUES = {
 }
 
 
+def run_case(args, dtype: str, activation: str | None, layer: str) -> None:
+    torch.manual_seed(0)
+    function = EPILOGUES[activation]
+    x = torch.randn(args.rows, args.width).to(args.device, bench.DTYPES[dtype])
+    weight = (torch.randn(args.out, args.width) / args.width**0.5).to(x)
+    bias = torch.randn(args.out).to(x)
+    residual = () if activation else (torch.randn(args.rows, args.out).to(x),)
+    inputs = bench.Inputs(x, *residual)
+
+    def plain(x, residual=None):
+        out = function(F.linear(x, weight, bias))
+        return out if residual is None else out + residual
+
+    def ours(x, residual=None):
+        return ops.linear(x, weight, bias, activation=activation, residual=residual)
+
+    runs = {"ours": ours, "GEMM alone": lambda x, residual=None: F.linear(x, weight, bias), "eager": plain}
+    runs |= bench.compiled(plain, args, "compiled")
+    gigabytes = 1e-9 * x.element_size() * (x.numel() + weight.numel() + args.rows * args.out * (1 + len(residual)))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x, *residual), plain(x, *residual), rtol=0.02, atol=0.05)
+        candidates = {name: lambda run=run: run(*inputs.next()) for name, run in runs.items()}
+        timings = bench.measure(bench.present(candidates), args.rounds)
+    shape = f"{activation or 'residual'}: rows={args.rows} D={args.width} out={args.out}"
+    gflop = 2e-9 * args.rows * args.width * args.out
+    bench.report("linear forward", dtype, shape, timings, gflop=gflop, gigabytes=gigabytes, layer=layer)
+
+
 def main() -> None:
     args = bench.arguments(__doc__, rows=4112, width=1024, out=4096)
     bench.start()
-    for dtype in args.dtype:
-        for activation, function in EPILOGUES.items():
-            torch.manual_seed(0)
-            x = torch.randn(args.rows, args.width).to(bench.DTYPES[dtype])
-            weight = (torch.randn(args.out, args.width) / args.width**0.5).to(x.dtype)
-            bias = torch.randn(args.out).to(x.dtype)
-            residual = None if activation else torch.randn(args.rows, args.out).to(x.dtype)
-
-            def plain(x=x, weight=weight, bias=bias, residual=residual, function=function):
-                out = function(F.linear(x, weight, bias))
-                return out if residual is None else out + residual
-
-            def ours(x=x, weight=weight, bias=bias, residual=residual, activation=activation):
-                return ops.linear(x, weight, bias, activation=activation, residual=residual)
-
-            with torch.no_grad():
-                torch.testing.assert_close(ours(), plain(), rtol=0.02, atol=0.05)
-                candidates = {
-                    "ours": ours,
-                    "GEMM alone": lambda x=x, weight=weight, bias=bias: F.linear(x, weight, bias),
-                    "eager": plain,
-                    **bench.compiled(plain, args, "compiled"),
-                }
-                timings = bench.measure(candidates, args.rounds)
-            shape = f"{activation or 'residual'}: rows={args.rows} D={args.width} out={args.out}"
-            bench.report("linear forward", dtype, shape, timings, gflop=2e-9 * args.rows * args.width * args.out)
+    with bench.our_layer() as layer:
+        for dtype in args.dtype:
+            for activation in EPILOGUES:
+                run_case(args, dtype, activation, layer)
     bench.finish()
 
 

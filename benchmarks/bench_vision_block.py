@@ -14,17 +14,25 @@ def main() -> None:
     args = bench.arguments(__doc__, preset="large", batch=1, frames=16)
     config = PRESETS[args.preset].vision
     bench.start()
+    with bench.our_layer() as layer:
+        run(args, config, layer)
+    bench.finish()
+
+
+def run(args, config, layer: str) -> None:
     for dtype in args.dtype:
         torch.manual_seed(0)
         block = VisionBlock(config)
         for p in block.parameters():
             nn.init.normal_(p, std=0.03)
-        block = block.to(bench.DTYPES[dtype]).eval()
-        published = reference_structure.PublishedBlock(block, config.num_heads).eval()
-        x = torch.randn(args.batch, args.frames, config.tokens_per_frame, config.width).to(bench.DTYPES[dtype])
+        block = block.to(args.device, bench.DTYPES[dtype]).eval()
+        published = reference_structure.PublishedBlock(block, config.num_heads).to(args.device).eval()
+        x = torch.randn(args.batch, args.frames, config.tokens_per_frame, config.width).to(
+            args.device, bench.DTYPES[dtype]
+        )
         tokens_first = x.flatten(0, 1).transpose(0, 1).contiguous()
-        wide = torch.randn(*x.shape[:3], config.mlp_width).to(x.dtype)
-        half = torch.randn(*x.shape[:3], config.width // 2).to(x.dtype)
+        wide = torch.randn(*x.shape[:3], config.mlp_width).to(x)
+        half = torch.randn(*x.shape[:3], config.width // 2).to(x)
         temporal = [m for m in (block.local_temporal1, block.local_temporal2) if not isinstance(m, nn.Identity)]
 
         def products(block=block, temporal=temporal, x=x, half=half, wide=wide):
@@ -60,10 +68,16 @@ def main() -> None:
                 **bench.compiled(as_published, args, "published structure compiled"),
                 **bench.compiled(in_place, args, "token layout compiled"),
             }
-            timings = bench.measure(candidates, args.rounds)
+            timings = bench.measure(bench.present(candidates), args.rounds)
         shape = f"B={args.batch} T={args.frames} L={config.tokens_per_frame} D={config.width} N={config.num_heads}"
-        bench.report("vision_block forward", dtype, shape, timings)
-    bench.finish()
+        bench.report("vision_block forward", dtype, shape, timings, gflop=gflop(block, x, config), layer=layer)
+
+
+def gflop(block, x, config) -> float:
+    """Of the products of every token with every weight, and of attention among the tokens of a frame."""
+    weights = sum(p.numel() for p in block.parameters() if p.dim() == 2)
+    tokens = x.numel() // config.width
+    return 2e-9 * tokens * weights + 4e-9 * tokens * config.tokens_per_frame * config.width
 
 
 if __name__ == "__main__":

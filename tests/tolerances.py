@@ -38,7 +38,8 @@ def draws(make: Callable[[int], dict[str, Tensor]], most: int = 16) -> list[dict
     more than 5e-6 from the truth, although their mean is 4e-6 (the baseline's 5e-6), and other ones on another CPU.
     """
     first = make(0)
-    return [first, *(make(seed) for seed in range(1, min(most, 120_000 // max(1, first["x"].numel()))))]
+    size = sum(t.numel() for t in first.values())
+    return [first, *(make(seed) for seed in range(1, min(most, 200_000 // max(1, size))))]
 
 
 def assert_close_together(runs: Sequence[Sequence[dict[str, Tensor]]]) -> None:

@@ -25,43 +25,6 @@ constexpr int kBwdBlocks[] = {0, 8, 5, 4, 3};
 // What the compiler is held to: bound to the numbers above, code for 10.0 and 12.0 spills.
 constexpr int kBwdMinBlocks[] = {0, 6, 4, 3, 2};
 
-// The row slots' partial sums added in order of the slots into those of slot 0, and stored to `to` (width). A slot's
-// sums lie in `shared` as first halves, then second halves of all chunks: neighbouring lanes on different banks.
-template <class Layout>
-MPLUG2_DEVICE void store_block_sum(float (&sum)[Layout::kChunks][kChunk], float* shared, float* to, int chunks) {
-  const int slot = threadIdx.x / Layout::kLanes, lane = threadIdx.x % Layout::kLanes;
-  const auto place = [&](int of_slot, int half, int chunk) {
-    return shared + (((of_slot - 1) * 2 + half) * chunks + chunk) * 4;
-  };
-  if constexpr (Layout::kRows > 1) {
-    __syncthreads();  // shared memory is free
-    if (slot > 0) {
-      MPLUG2_UNROLL
-      for (int i = 0; i < Layout::kChunks; ++i)
-        if (const int chunk = lane + i * Layout::kLanes; chunk < chunks) {
-          store_floats(place(slot, 0, chunk), &sum[i][0]);
-          store_floats(place(slot, 1, chunk), &sum[i][4]);
-        }
-    }
-    __syncthreads();
-  }
-  if (slot > 0) return;
-  MPLUG2_UNROLL
-  for (int i = 0; i < Layout::kChunks; ++i)
-    if (const int chunk = lane + i * Layout::kLanes; chunk < chunks) {
-      MPLUG2_UNROLL
-      for (int other = 1; other < Layout::kRows; ++other) {
-        float addend[kChunk];
-        load_floats(&addend[0], place(other, 0, chunk));
-        load_floats(&addend[4], place(other, 1, chunk));
-        MPLUG2_UNROLL
-        for (int j = 0; j < kChunk; ++j) sum[i][j] += addend[j];
-      }
-      store_floats(to + chunk * kChunk, &sum[i][0]);
-      store_floats(to + chunk * kChunk + 4, &sum[i][4]);
-    }
-}
-
 // While there are rows, weight and the warps' parts of four sums; then the partial sums of all row slots but one.
 template <class Layout>
 constexpr int bwd_shared_bytes(int width) {
@@ -135,10 +98,9 @@ bwd_kernel(BwdParams<T> p) {
       }
   }
 
-  float* shared = reinterpret_cast<float*>(shared_memory());
   float* parts = p.parts + static_cast<int64_t>(blockIdx.x) * 2 * p.width;
-  store_block_sum<Layout>(dweight, shared, parts, chunks);
-  store_block_sum<Layout>(dbias, shared, parts + p.width, chunks);
+  store_row_sums<Layout>(dweight, parts, chunks);
+  store_row_sums<Layout>(dbias, parts + p.width, chunks);
 }
 
 }  // namespace mplug2::add_layer_norm

@@ -89,4 +89,42 @@ MPLUG2_DEVICE RowStats row_stats(const uint4 (&x)[Layout::kChunks], int lane, in
   return {mean, rsqrtf(row_sum<Layout>(squares, parts + kRowWarps) * inverse_width + eps)};
 }
 
+// The row slots' partial sums added in order of the slots into those of slot 0, and stored to `to` (width). A slot's
+// sums lie in shared memory as first halves, then second halves of all chunks: neighbouring lanes on different banks.
+template <class Layout>
+MPLUG2_DEVICE void store_row_sums(float (&sum)[Layout::kChunks][kChunk], float* to, int chunks) {
+  const int slot = threadIdx.x / Layout::kLanes, lane = threadIdx.x % Layout::kLanes;
+  float* shared = reinterpret_cast<float*>(shared_memory());
+  const auto place = [&](int of_slot, int half, int chunk) {
+    return shared + (((of_slot - 1) * 2 + half) * chunks + chunk) * 4;
+  };
+  if constexpr (Layout::kRows > 1) {
+    __syncthreads();  // shared memory is free
+    if (slot > 0) {
+      MPLUG2_UNROLL
+      for (int i = 0; i < Layout::kChunks; ++i)
+        if (const int chunk = lane + i * Layout::kLanes; chunk < chunks) {
+          store_floats(place(slot, 0, chunk), &sum[i][0]);
+          store_floats(place(slot, 1, chunk), &sum[i][4]);
+        }
+    }
+    __syncthreads();
+  }
+  if (slot > 0) return;
+  MPLUG2_UNROLL
+  for (int i = 0; i < Layout::kChunks; ++i)
+    if (const int chunk = lane + i * Layout::kLanes; chunk < chunks) {
+      MPLUG2_UNROLL
+      for (int other = 1; other < Layout::kRows; ++other) {
+        float addend[kChunk];
+        load_floats(&addend[0], place(other, 0, chunk));
+        load_floats(&addend[4], place(other, 1, chunk));
+        MPLUG2_UNROLL
+        for (int j = 0; j < kChunk; ++j) sum[i][j] += addend[j];
+      }
+      store_floats(to + chunk * kChunk, &sum[i][0]);
+      store_floats(to + chunk * kChunk + 4, &sum[i][4]);
+    }
+}
+
 }  // namespace mplug2

@@ -86,6 +86,12 @@ def test_one_row(backend, which):
 
 
 @pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+def test_one_row_keeps_the_usual_rules(backend, which):
+    _compare(backend, *_tensors(2, 8, 17), backend.dtypes[which])
+
+
+@pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize("backend", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
 def test_several_chunks(backend, which):
     _compare(backend, *_tensors(1101, 8, 30522), backend.dtypes[which])

@@ -2,7 +2,7 @@
 // queries in registers, 32 a warp, so that a fragment of keys or values feeds two matrix instructions. What is left
 // beyond a multiple of 32 (the 257th query) is one more tile of 16 rows, whose keys the warps share.
 #pragma once
-#include "attention/attention_short.cuh"
+#include "attention/attention_tokens.cuh"
 
 namespace mplug2::attention {
 
@@ -16,6 +16,7 @@ struct ShortFwdParams {
   float scale_log2;  // scale log2(e): exponentials are powers of two; above 0
 };
 
+constexpr int kShortKeys = 320, kShortRows = 320;  // K and S at most
 constexpr int kShortFwdWarps = 4, kShortFwdThreads = kShortFwdWarps * kWarp;
 // 168 to 255 registers a thread: the shared memory of 257 keys lets an A100 hold two blocks, an H100 three.
 constexpr int kShortFwdBlocks = 2;

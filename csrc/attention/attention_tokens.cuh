@@ -1,17 +1,16 @@
-// What the kernels of short rows share: how tensors lie in memory, 64 numbers of a head in a row of shared memory, and
+// What attention's kernels share: how tensors lie in memory, 64 numbers of a head in a row of shared memory, and
 // fragments of mma.sync read from and written to global memory in accesses of 16 bytes.
 #pragma once
 #include "core/chunk.cuh"
 
 namespace mplug2::attention {
 
-constexpr int kHead = 64;                          // H
-constexpr int kHeadChunks = kHead / kChunk;        // of 16 bytes
-constexpr int kHeadSteps = kHead / 16;             // of m16n8k16 over H
-constexpr int kRowBytes = kHead * 2;               // of a row in shared memory
-constexpr int kShortKeys = 320, kShortRows = 320;  // K and S at most
-constexpr int kTileKeys = 8;                       // n of m16n8k16
-constexpr int kTileRows = 16;                      // m of m16n8k16
+constexpr int kHead = 64;                    // H
+constexpr int kHeadChunks = kHead / kChunk;  // of 16 bytes
+constexpr int kHeadSteps = kHead / 16;       // of m16n8k16 over H
+constexpr int kRowBytes = kHead * 2;         // of a row in shared memory
+constexpr int kTileKeys = 8;                 // n of m16n8k16
+constexpr int kTileRows = 16;                // m of m16n8k16
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 
 // A (rows, tokens, heads, H) tensor; strides in elements, multiples of 8; H contiguous, data aligned to 16 bytes.

@@ -1,0 +1,56 @@
+// What the families of attention's CUDA kernels share: a call, its tensors as kernels take them, and each family's
+// functions, which give nothing where the family does not serve the call (attention_cuda.cu asks them in turn).
+#pragma once
+#include "attention/attention_host.h"
+#include "attention/attention_tokens.cuh"
+#include "core/instance.h"
+
+namespace mplug2::attention {
+
+// Arguments of a call, checked.
+struct Call {
+  AttentionShape shape;
+  Tensor q, k, v;
+  std::optional<Tensor> key_lengths, key_mask;
+  bool causal;
+  double scale;
+
+  bool has_mask() const { return key_lengths || key_mask || causal; }
+  // What every kernel asks for. A scale of 0 would make NaN of hidden scores, -inf, and a negative one turns the
+  // largest score into the smallest.
+  bool is_for_kernels() const {
+    return (q.scalar_type() == ScalarType::BFloat16 || q.scalar_type() == ScalarType::Half) &&
+           shape.head_dim == kHead && static_cast<float>(scale) * kLog2E > 0 && shape.batch * shape.heads > 0 &&
+           shape.batch * shape.heads <= INT32_MAX && shape.queries > 0 && shape.keys > 0;
+  }
+};
+
+using Outputs = std::tuple<Tensor, Tensor>;            // out, lse
+using Gradients = std::tuple<Tensor, Tensor, Tensor>;  // dq, dk, dv
+
+std::optional<Outputs> short_forward(const Device& device, const Call& call, bool return_lse);
+
+// Of an instance for each dtype.
+inline bool serves(const Instance& bf16_instance, const Instance& fp16_instance, const Device& device, const Call& c) {
+  return (c.q.scalar_type() == ScalarType::BFloat16 ? bf16_instance : fp16_instance).serves(device);
+}
+
+// Rows that start at multiples of 16 bytes, whatever the strides of the other dimensions: itself, or a copy.
+inline Tensor rows_of(const Tensor& t) {
+  bool aligned = t.stride(3) == 1 && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+  for (int i = 0; i < 3; ++i) aligned = aligned && (t.size(i) == 1 || t.stride(i) % kChunk == 0);
+  if (aligned) return t;
+  const Tensor rows = torch::stable::contiguous(t);
+  return reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % 16 == 0 ? rows : torch::stable::clone(rows);
+}
+
+template <class T>
+Tokens<const T> tokens(const Tensor& t) {
+  return {device_data<T>(t), t.stride(0), t.stride(1), t.stride(2)};
+}
+template <class T>
+Tokens<T> mutable_tokens(const Tensor& t) {
+  return {mutable_device_data<T>(t), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+}  // namespace mplug2::attention

@@ -36,6 +36,7 @@ CUDA_COLUMNS = (*COLUMNS, "tbps", "of_roof", "of_ours", "error_ratio", "layer", 
 # Of this process, set by arguments(): what times are taken on, and what it can do.
 _device = torch.device("cpu")
 _results = RESULTS
+_revision = ""
 _roof: dict[str, float] = {}  # dram bytes, product FLOP, exponentials, a second
 
 
@@ -50,7 +51,7 @@ class Timing:
 
 def arguments(description: str, **defaults: int | str) -> argparse.Namespace:
     """--device, --dtype, --threads, --rounds, --no-compile, where results go, and one option for each of `defaults`."""
-    global _device, _results, _roof
+    global _device, _results, _revision, _roof
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=list(DTYPES), nargs="+", help="[default: those with kernels]")
@@ -59,6 +60,7 @@ def arguments(description: str, **defaults: int | str) -> argparse.Namespace:
     parser.add_argument("--no-compile", action="store_true", help="leave out the torch.compile candidates")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the csv file")
     parser.add_argument("--ceilings", type=Path, help="JSON of ceilings.py, for the share of the roof on CUDA")
+    parser.add_argument("--revision", default="", help="name of these sources [default: git describe]")
     for name, value in defaults.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     args = parser.parse_args()
@@ -66,7 +68,7 @@ def arguments(description: str, **defaults: int | str) -> argparse.Namespace:
         parser.error("--device cuda: torch finds no CUDA device")
     args.dtype = args.dtype or list(OF_DEVICE[args.device])
     torch.set_num_threads(args.threads)
-    _device, _results = torch.device(args.device), args.results
+    _device, _results, _revision = torch.device(args.device), args.results, args.revision
     if args.device == "cuda":
         _roof = roof_rates(torch.cuda.get_device_name(), args.ceilings)
     return args
@@ -178,6 +180,8 @@ def _timing(values: Sequence[float]) -> Timing:
 
 
 def revision() -> str:
+    if _revision:
+        return _revision
     described = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
         cwd=Path(__file__).parent,
@@ -302,7 +306,10 @@ def plot(table: Path) -> None:
 
 
 def command() -> str:
-    return f"python benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}".strip()
+    """What repeats a table, without where its results and ceilings lay."""
+    words = iter(sys.argv[1:])
+    kept = [word for word in words if word not in ("--results", "--ceilings", "--revision") or not next(words)]
+    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *kept])
 
 
 def start() -> None:

@@ -60,6 +60,7 @@ class Run:
     env: Path
     wheels: Path | None = None
     archs: str = ""
+    revision: str = "unknown"
     is_rehearsal: bool = False
 
     @property
@@ -104,12 +105,18 @@ def build(run: Run) -> Iterator[Step]:
 
 
 def doctor(run: Run) -> Iterator[Step]:
-    arguments = ["--help"] if run.is_rehearsal else ["--json", "--write", str(run.out / "proven.json")]
-    yield Step("doctor", [run.python, "-m", "mplug2.doctor", *arguments], LIMIT, run.out / "doctor.json")
+    sys.path.append(str(ROOT / "build_tools"))
+    import digests
+
+    names = digests.ops()
+    for op in names:  # a process each: a kernel that ends one leaves the others
+        arguments = ["--help"] if run.is_rehearsal else ["--json", "--op", op, "--write", str(run.out / "proven.json")]
+        command = [run.python, "-m", "mplug2.doctor", *arguments]
+        yield Step(op, command, LIMIT // len(names), run.out / f"doctor-{op}.json")
 
 
 def test(run: Run) -> Iterator[Step]:
-    how = ["--collect-only", "-q"] if run.is_rehearsal else ["-n", "4", f"--junitxml={run.out / 'test.xml'}"]
+    how = ["--collect-only", "-q"] if run.is_rehearsal else ["-n", "8", f"--junitxml={run.out / 'test.xml'}"]
     yield Step("pytest", [run.python, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *how], LIMIT)
 
 
@@ -127,6 +134,7 @@ BENCHES = (
 def bench(run: Run) -> Iterator[Step]:
     for name, large, small, seconds in BENCHES:
         command = [run.python, str(BENCHMARKS / f"bench_{name}.py"), "--dtype", "bfloat16", "--results", str(run.out)]
+        command += ["--revision", run.revision]
         if run.is_rehearsal:
             command += ["--device", "cpu", "--rounds", "2", "--no-compile", *small]
         else:
@@ -344,7 +352,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--wheels: {options.wheels} is not a folder")
     options.out.mkdir(parents=True, exist_ok=True)
     wheels = options.wheels.resolve() if options.wheels else None
-    run = Run(options.out.resolve(), options.env.resolve(), wheels, options.archs, options.rehearse)
+    run = Run(options.out.resolve(), options.env.resolve(), wheels, options.archs, options.revision, options.rehearse)
     record = Record(run.out / "stages.json", options.revision + (" rehearsal" if options.rehearse else ""))
     for name in options.stage or STAGES:
         if options.again:

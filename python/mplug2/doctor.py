@@ -8,9 +8,12 @@ then on; nothing else does.
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from datetime import date
@@ -29,6 +32,7 @@ from mplug2 import _library, ops, proofs
 from mplug2.tolerances import LOCAL, LOCAL_FROM_LSE, LOCAL_LONG_SUM, judge
 
 REPEATS = 50
+SECONDS = 30.0  # that a call may take before it counts as one that does not end
 DTYPES = (torch.bfloat16, torch.float16)
 # Blocks that one multiprocessor holds at once, at most, of the kernels that use matrix instructions.
 BLOCKS_A_MULTIPROCESSOR = 4
@@ -140,9 +144,14 @@ class Place:
         return [name for name, times in self.served().items() if times > before[name]]
 
     def wait(self) -> None:
-        """Until all is done; what went wrong on the device is raised here."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        """Until all is done; what went wrong on the device is raised here, a kernel that does not end, too."""
+        if self.device.type != "cuda":
+            return
+        done, end = torch.cuda.Event(), time.monotonic() + SECONDS
+        done.record()
+        while not done.query():
+            if time.monotonic() > end:
+                raise RuntimeError(f"still running after {SECONDS:.0f} s")
 
 
 class Bands(TorchDispatchMode):
@@ -247,7 +256,7 @@ def examine(case: Case, dtype: torch.dtype, place: Place, repeats: int = REPEATS
     tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in case.make(g, place.blocks).items()}
     wide = {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
     with place.layer("reference"):
-        truths = _both(_Run(case, wide, dtype, torch.device("cpu")))
+        truths = _both(_Run(case, wide, dtype, place.device))
         low = _Run(case, tensors, dtype, place.device)
         baselines = _both(low)
         reference_times = {part: _microseconds(low, part, place.device) for part in PARTS}
@@ -259,7 +268,7 @@ def examine(case: Case, dtype: torch.dtype, place: Place, repeats: int = REPEATS
         for part in (part for _ in range(repeats) for part in PARTS):
             finding, bands, before = findings[part], Bands(place.key), place.served()
             try:
-                with bands:
+                with bands, torch.autograd.set_multithreading_enabled(False):  # modes are of this thread
                     results = run.call(part)
                 place.wait()
                 problem = bands.complaint() if place.served() != before else ""
@@ -280,7 +289,7 @@ def examine(case: Case, dtype: torch.dtype, place: Place, repeats: int = REPEATS
 
 
 def _both(run: _Run) -> dict[str, list[Tensor]]:
-    return {part: [t.cpu() for t in run.call(part)] for part in PARTS}
+    return {part: run.call(part) for part in PARTS}
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
@@ -289,7 +298,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 def _judge(finding: Finding, actual, baseline, truth, local: float, dtype: torch.dtype) -> None:
     for a, b, t in zip(actual, baseline, truth, strict=True):
-        verdict = judge(a.cpu(), b, t, local=local, dtype=dtype)
+        verdict = judge(a, b, t, local=local, dtype=dtype)
         finding.complaint = finding.complaint or verdict.complaint
         finding.error, finding.distance = max(finding.error, verdict.error), max(finding.distance, verdict.distance)
 
@@ -338,39 +347,56 @@ def doctor(
     )  # fmt: skip
     instances = [i for i in proofs.instances(place.library) if not op or i.op in op]
     console = Console(stderr=True, highlight=False)
+    path, lost = write or proofs.user_cache(), ""
     findings: list[Finding] = []
-    for case in CASES:
-        if case.op not in {instance.op for instance in instances}:
+    for name, cases in itertools.groupby(CASES, key=lambda case: case.op):
+        of_op = [instance for instance in instances if instance.op == name]
+        if lost or not of_op:
             continue
-        for dtype in DTYPES:
-            console.print(f"{case.op}, {case.what}, {dtype}", markup=False)
-            findings += examine(case, dtype, place)
-            if lost := _lost(place):
-                console.print(
-                    f"doctor: the GPU is lost to this process: {lost}; --op checks one op alone", markup=False
-                )
-                break
-        else:
-            continue
-        break
+        found, lost = _examine_op(cases, place, console)
+        findings += found
+        _save(path, of_op, found, properties)  # at once: the next op may end this process
     passed = proven(findings)
-    records = [_record(instance, properties) for instance in instances if instance.name in passed]
-    failed = {name for finding in findings if finding.complaint for name in finding.instances}
-    withdrawn = [_record(instance, properties) for instance in instances if instance.name in failed]
-    path = write or proofs.user_cache()
-    try:
-        proofs.write(path, records, withdrawn)
-    except (OSError, ValueError) as error:
-        _end(f"doctor: {error}")
     missed = sorted({i.name for i in instances} - {name for finding in findings for name in finding.instances})
     if as_json:
-        facts = {"findings": [asdict(f) for f in findings], "records": [asdict(r) for r in records]}
-        print(json.dumps(facts | {"without_case": missed, "file": str(path)}, indent=2))
+        facts = {"findings": [asdict(f) for f in findings], "proven": sorted(passed)}
+        print(json.dumps(facts | {"without_case": missed, "file": str(path)}, indent=2), flush=True)
     else:
         show(findings, missed)
-        print(f"{len(passed)} of {len(instances)} kernel instances are proven on {properties.name}; wrote {path}")
+        print(
+            f"{len(passed)} of {len(instances)} kernel instances are proven on {properties.name}; wrote {path}",
+            flush=True,
+        )
+    if lost:
+        console.print(f"doctor: the GPU is lost to this process: {lost}; --op checks one op alone", markup=False)
+        os._exit(1)  # a kernel that does not end would hold up the usual end
     if len(passed) < len(instances):
         raise typer.Exit(1)
+
+
+def _examine_op(cases: Iterable[Case], place: Place, console: Console) -> tuple[list[Finding], str]:
+    """What was found, and why the GPU is lost to this process, "" where it is not."""
+    findings: list[Finding] = []
+    for case, dtype in itertools.product(cases, DTYPES):
+        console.print(f"{case.op}, {case.what}, {dtype}", markup=False)
+        findings += examine(case, dtype, place)
+        if lost := _lost(place):
+            return findings, lost
+    return findings, ""
+
+
+def _save(path: Path, instances: list[proofs.Instance], findings: list[Finding], properties) -> None:
+    """Add the records of what passed, take away those of what did not."""
+    passed = proven(findings)
+    failed = {name for finding in findings if finding.complaint for name in finding.instances}
+    try:
+        proofs.write(
+            path,
+            [_record(instance, properties) for instance in instances if instance.name in passed],
+            [_record(instance, properties) for instance in instances if instance.name in failed],
+        )
+    except (OSError, ValueError) as error:
+        _end(f"doctor: {error}")
 
 
 def show(findings: list[Finding], missed: list[str]) -> None:
@@ -398,7 +424,8 @@ def _record(instance: proofs.Instance, properties) -> proofs.Record:
 
 
 def _lost(place: Place) -> str:
-    """Why nothing runs on the device any more, "" where all is well: a kernel that read outside memory ends all."""
+    """Why nothing runs on the device any more, "" where all is well: a kernel that read outside memory ends all, and
+    so does one that does not end."""
     try:
         place.wait()
     except RuntimeError as error:

@@ -44,24 +44,27 @@ __global__ void l2_kernel(const uint4* from, uint32_t* sink, int n, int rounds) 
   if (seen == 0x9e3779b9) *sink = seen;
 }
 
-// Shared memory by ldmatrix: a warp reads 512 bytes an instruction, every bank once in each of its four passes.
+// Shared memory by ldmatrix: a warp reads 512 bytes an instruction, every bank once in each of its four passes. The
+// place moves with the round, or the compiler would load once.
 __global__ void ldmatrix_kernel(uint32_t* sink, int rounds) {
   unsigned char* shared = shared_memory();
   for (int i = threadIdx.x; i < kChains * 512 / 4; i += kThreads) reinterpret_cast<uint32_t*>(shared)[i] = i;
   __syncthreads();
   uint32_t seen = 0;
+  int at = threadIdx.x % kWarp * 16;
   for (int i = 0; i < rounds; ++i) {
+    uint32_t words[kChains][4];
     MPLUG2_UNROLL
-    for (int chain = 0; chain < kChains; ++chain) {
-      uint32_t words[4];
-      ldmatrix_x4(words, shared + chain * 512 + threadIdx.x % kWarp * 16);
-      seen ^= words[0] ^ words[1] ^ words[2] ^ words[3];
-    }
+    for (int chain = 0; chain < kChains; ++chain) ldmatrix_x4(words[chain], shared + (at ^ (chain * 512)));
+    MPLUG2_UNROLL
+    for (int chain = 0; chain < kChains; ++chain)
+      seen ^= words[chain][0] ^ words[chain][1] ^ words[chain][2] ^ words[chain][3];
+    at ^= 512 * (i & (kChains - 1));
   }
   if (seen == 0x9e3779b9) *sink = seen;
 }
 
-// The same by 16-byte loads. The place moves with the round, or the compiler would load once.
+// The same by 16-byte loads.
 __global__ void load16_kernel(uint32_t* sink, int rounds) {
   unsigned char* shared = shared_memory();
   for (int i = threadIdx.x; i < kChains * 512 / 4; i += kThreads) reinterpret_cast<uint32_t*>(shared)[i] = i;

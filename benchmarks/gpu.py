@@ -115,9 +115,17 @@ def doctor(run: Run) -> Iterator[Step]:
         yield Step(op, command, LIMIT // len(names), run.out / f"doctor-{op}.json")
 
 
+# A machine's own pytest plugins warn, and warnings are errors.
+OWN_PLUGINS = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+
+
+def pytest(run: Run) -> list[str]:
+    return [run.python, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider"]
+
+
 def test(run: Run) -> Iterator[Step]:
     how = ["--collect-only", "-q"] if run.is_rehearsal else ["-n", "8", f"--junitxml={run.out / 'test.xml'}"]
-    yield Step("pytest", [run.python, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *how], LIMIT)
+    yield Step("pytest", [*pytest(run), "-p", "xdist.plugin", *how], LIMIT, environment=OWN_PLUGINS)
 
 
 # Bench, arguments at the published large model's size, arguments of a rehearsal, seconds.
@@ -145,7 +153,7 @@ def bench(run: Run) -> Iterator[Step]:
 
 
 def sanitize(run: Run) -> Iterator[Step]:
-    collected = run.printed([run.python, "-m", "pytest", "-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider"])
+    collected = run.printed([*pytest(run), "--collect-only", "-q"])
     chosen = few_of_each_file(collected)
     if not chosen:
         raise Absent("no test is marked gpu")
@@ -155,10 +163,10 @@ def sanitize(run: Run) -> Iterator[Step]:
     if sanitizer is None:
         raise Absent("no compute-sanitizer on PATH")
     # Without PyTorch's pool of memory a tensor's end is the end of an allocation.
-    alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    alone = OWN_PLUGINS | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     for tool in ("memcheck", "racecheck"):
         options = ["--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
-        command = [sanitizer, *options, run.python, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", *chosen]
+        command = [sanitizer, *options, *pytest(run), *chosen]
         yield Step(tool, command, LIMIT // 2, environment=alone)
 
 

@@ -42,7 +42,7 @@ template <class Result, class... Args>
 Result call(const char* op, const char* overload, const Args&... args) {
   std::array<StableIValue, std::max(sizeof...(Args), Results<Result>::count)> stack{
       torch::stable::detail::from(args)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION));
   return Results<Result>::take(stack.data());
 }
 

@@ -23,7 +23,7 @@ class PublishedLocalTemporal(nn.Module):
         self.conv = nn.Conv3d(width // 2, width // 2, (3, 1, 1), padding=(1, 0, 0), groups=width // 2)
         self.up = nn.Conv3d(width // 2, width, 1)
         for conv, source in ((self.down, module.down), (self.conv, module.conv), (self.up, module.up)):
-            conv.to(source.weight.dtype)
+            conv.to(source.weight)
             conv.weight.data.copy_(source.weight.reshape(conv.weight.shape))
             conv.bias.data.copy_(source.bias)
 
@@ -40,7 +40,7 @@ class PublishedBlock(nn.Module):
         width = attention.norm.normalized_shape[0]
         self.temporal = nn.ModuleList(map(PublishedLocalTemporal, (block.local_temporal1, block.local_temporal2)))
         self.norm1, self.norm2 = attention.norm, mlp.norm
-        self.attention = nn.MultiheadAttention(width, num_heads).to(attention.qkv.weight.dtype)
+        self.attention = nn.MultiheadAttention(width, num_heads).to(attention.qkv.weight)
         self.attention.in_proj_weight.data.copy_(attention.qkv.weight)
         self.attention.in_proj_bias.data.copy_(attention.qkv.bias)
         self.attention.out_proj.weight.data.copy_(attention.out.weight)

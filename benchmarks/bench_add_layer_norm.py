@@ -19,8 +19,8 @@ def ours(x, residual, weight, bias):
 def run_case(args, dtype: str, layer: str) -> None:
     torch.manual_seed(0)
     number = bench.DTYPES[dtype]
-    x, residual = (torch.randn(args.rows, args.width).to(args.device, number) for _ in range(2))
-    weight, bias = (torch.randn(args.width).to(args.device, number) for _ in range(2))
+    x, residual = (torch.randn(args.rows, args.width, device=args.device).to(number) for _ in range(2))
+    weight, bias = (torch.randn(args.width, device=args.device).to(number) for _ in range(2))
     inputs = bench.Inputs(x, residual)
     shape = f"rows={args.rows} D={args.width}"
     tensor_gigabytes = 1e-9 * x.numel() * x.element_size()

@@ -16,7 +16,7 @@ EPILOGUES = {
 def run_case(args, dtype: str, activation: str | None, layer: str) -> None:
     torch.manual_seed(0)
     function = EPILOGUES[activation]
-    x = torch.randn(args.rows, args.width).to(args.device, bench.DTYPES[dtype])
+    x = torch.randn(args.rows, args.width, device=args.device).to(bench.DTYPES[dtype])
     weight = (torch.randn(args.out, args.width) / args.width**0.5).to(x)
     bias = torch.randn(args.out).to(x)
     residual = () if activation else (torch.randn(args.rows, args.out).to(x),)

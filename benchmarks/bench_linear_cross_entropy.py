@@ -18,7 +18,7 @@ def main() -> None:
 def run(args, layer: str) -> None:
     for dtype in args.dtype:
         torch.manual_seed(0)
-        x = torch.randn(args.rows, args.width).to(args.device, bench.DTYPES[dtype])
+        x = torch.randn(args.rows, args.width, device=args.device).to(bench.DTYPES[dtype])
         weight = (torch.randn(args.vocabulary, args.width) / args.width**0.5).to(x)
         bias = torch.randn(args.vocabulary).to(x)
         targets = torch.randint(0, args.vocabulary, (args.rows,)).to(args.device)

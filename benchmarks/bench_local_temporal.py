@@ -26,7 +26,7 @@ def run(args, layer: str) -> None:
             nn.init.normal_(p, std=0.05)
         module = module.to(args.device, bench.DTYPES[dtype])
         published = reference_structure.PublishedLocalTemporal(module)
-        x = torch.randn(args.batch, args.frames, tokens, args.width).to(args.device, bench.DTYPES[dtype])
+        x = torch.randn(args.batch, args.frames, tokens, args.width, device=args.device).to(bench.DTYPES[dtype])
         patches = x[:, :, 1:].unflatten(2, (args.grid, args.grid)).permute(0, 4, 1, 2, 3).contiguous()
         hidden = torch.randn(*x.shape[:3], args.width // 2).to(x)
         inputs, frames_inputs = bench.Inputs(x), bench.Inputs(patches)

@@ -1,4 +1,5 @@
-"""CUDA kernels keep to the current stream, never synchronise, and may be captured in graphs. Doctor's cases, small."""
+"""CUDA kernels keep to the current stream, never synchronise, may be captured in graphs and compiled. Doctor's cases,
+small."""
 
 import subprocess
 import sys
@@ -19,12 +20,18 @@ def tensors(case: doctor.Case) -> dict[str, torch.Tensor]:
     }
 
 
-def call(case: doctor.Case, arguments: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """Outputs and gradients."""
+def forward(case: doctor.Case, arguments: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
     outs = getattr(ops, case.op)(**arguments, **case.options)
-    outs = outs if isinstance(outs, tuple) else (outs,)
+    return outs if isinstance(outs, tuple) else (outs,)
+
+
+def with_gradients(outs: tuple[torch.Tensor, ...], arguments: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     leaves = [t for t in arguments.values() if t.requires_grad]
     return [*outs, *torch.autograd.grad(outs, leaves, [torch.ones_like(out) for out in outs])]
+
+
+def call(case: doctor.Case, arguments: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    return with_gradients(forward(case, arguments), arguments)
 
 
 def assert_same_bits(actual, expected) -> None:
@@ -85,3 +92,11 @@ def test_the_first_launch_may_be_inside_a_graph(request):
     done = subprocess.run(command, capture_output=True, text=True, cwd=request.config.rootpath)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(done.stdout.splitlines()) == len(doctor.CASES)
+
+
+@pytest.mark.parametrize("case", doctor.CASES, ids=lambda case: f"{case.op}: {case.what}")
+def test_compiles_without_graph_breaks(case):
+    given = tensors(case)
+    with ops.layer("portable"):
+        compiled = torch.compile(lambda arguments: forward(case, arguments), fullgraph=True, backend="aot_eager")
+        assert_same_bits(with_gradients(compiled(given), given), call(case, given))

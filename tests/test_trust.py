@@ -178,6 +178,21 @@ assert (mine.served, mine.proven) == (1, ("8.0",)), mine
     assert done.returncode == 0, done.stderr
 
 
+def test_what_may_serve():
+    done = in_process("""
+def may(name, capability):
+    return library.may_serve(name, capability)
+assert not may("add_layer_norm_bwd", 80)
+record("add_layer_norm_bwd_fp16", "emulated", 80)
+assert may("add_layer_norm_bwd", 80) and not may("add_layer_norm_bwd", 90) and not may("add_layer_norm_fwd", 80)
+library.force_layer("portable")
+assert may("add_layer_norm_fwd", 90) and not may("no_such_op", 90)
+library.force_layer("reference")
+assert not may("add_layer_norm_bwd", 80)
+""")
+    assert done.returncode == 0, done.stderr
+
+
 def test_layers_are_forced_and_the_table_is_closed_by_the_first_kernel():
     done = in_process("""
 library.force_layer("reference")

@@ -1,5 +1,6 @@
 // The list of kernel instances, what is proven of them, and the choice of the layer. Records come from Python, which
 // reads them once (mplug2/_library.py); the table is closed when the first kernel is asked for.
+#include <algorithm>
 #include <atomic>
 #include <deque>
 #include <sstream>
@@ -64,8 +65,7 @@ bool is_preferred(const std::string& name, int capability) {
 }
 
 bool is_proven(const Instance::Entry& entry, int capability) {
-  for (const int proven : entry.proven)
-    if (proven == capability) return true;
+  if (std::find(entry.proven.begin(), entry.proven.end(), capability) != entry.proven.end()) return true;
   if (!has_warned.exchange(true))  // once a process; defined here, implemented in Python
     call<void>(kWarnUnproven, "", entry.name, static_cast<int64_t>(capability));
   return false;
@@ -89,6 +89,18 @@ std::string instances() {
           << joined(slower_on) << '\t' << entry.served << '\n';
   }
   return lines.str();
+}
+
+// Whether an instance whose name begins so might be chosen on a GPU of that capability, were it asked.
+bool may_serve(std::string prefix, int64_t capability) {
+  const Layer layer = layer_in_use;
+  for (const Instance::Entry& entry : entries()) {
+    if (entry.name.compare(0, prefix.size(), prefix) != 0) continue;
+    const auto& proven = entry.proven;
+    const bool is_proven_here = std::find(proven.begin(), proven.end(), capability) != proven.end();
+    if (layer == Layer::kPortable || (layer == Layer::kProven && is_proven_here)) return true;
+  }
+  return false;
 }
 
 // What compiled the kernels; shown beside a record, no part of it.
@@ -160,6 +172,7 @@ const char* digest_of(const char*) { return "emulated"; }
 
 STABLE_TORCH_LIBRARY(MPLUG2_TRUST, m) {
   m.def("instances() -> str");
+  m.def("may_serve(str prefix, int capability) -> bool");
   m.def("compiler() -> str");
   m.def("add_records(str records) -> ()");
   m.def("force_layer(str name) -> ()");
@@ -168,6 +181,7 @@ STABLE_TORCH_LIBRARY(MPLUG2_TRUST, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(MPLUG2_TRUST, CompositeExplicitAutograd, m) {
   m.impl("instances", TORCH_BOX(&mplug2::instances));
+  m.impl("may_serve", TORCH_BOX(&mplug2::may_serve));
   m.impl("compiler", TORCH_BOX(&mplug2::compiler));
   m.impl("add_records", TORCH_BOX(&mplug2::add_records));
   m.impl("force_layer", TORCH_BOX(&mplug2::force_layer));

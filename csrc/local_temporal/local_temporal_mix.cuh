@@ -11,7 +11,7 @@ namespace mplug2::local_temporal {
 // Frames of a thread. Videos with more are cut into pieces of this many, which read a frame (backward: and act, two of
 // hidden) beyond either end.
 constexpr int kFrames = 16;
-constexpr int kLoads = 4;  // frames in flight
+constexpr int kLoads = 4;  // frames in flight while as many are worked on
 
 struct MixShape {
   int64_t videos;
@@ -112,11 +112,17 @@ mix_kernel(MixParams<T> p) {
     float before[kChunk], here[kChunk], after[kChunk];
     unpack_chunk<T>(load_frame(shape, item, p.hidden, item.first - 1, channel), before);
     unpack_chunk<T>(load_frame(shape, item, p.hidden, item.first, channel), here);
-    for (int start = item.first; start < item.last; start += kLoads) {
-      uint4 next[kLoads];
+    uint4 next[kLoads], ahead[kLoads];
+    const auto load = [&](uint4(&frames)[kLoads], int start) {  // those after start, start + 1, ...
       MPLUG2_UNROLL
       for (int i = 0; i < kLoads; ++i)
-        next[i] = start + i < item.last ? load_frame(shape, item, p.hidden, start + i + 1, channel) : zero_chunk();
+        frames[i] = start + i < item.last ? load_frame(shape, item, p.hidden, start + i + 1, channel) : zero_chunk();
+    };
+    load(ahead, item.first);
+    for (int start = item.first; start < item.last; start += kLoads) {
+      MPLUG2_UNROLL
+      for (int i = 0; i < kLoads; ++i) next[i] = ahead[i];
+      load(ahead, start + kLoads);
       MPLUG2_UNROLL
       for (int i = 0; i < kLoads; ++i)
         if (start + i < item.last) {
@@ -152,7 +158,7 @@ constexpr int kMixSums = 5;
 constexpr int kMixBwdThreads = 128;
 constexpr int kMixBwdBlocks = 2;  // a multiprocessor; three spill on 10.0
 constexpr int kMixBwdWarps = kMixBwdThreads / kWarp;
-constexpr int kBwdLoads = 2;  // frames in flight, of two tensors
+constexpr int kBwdLoads = 2;  // frames in flight, of two tensors, while as many are worked on
 
 // Block (x, y): 256 channels; a warp takes items in turn.
 template <class T>
@@ -182,14 +188,23 @@ mix_bwd_kernel(MixBwdParams<T> p) {
     float dmixed_before[kChunk] = {}, dmixed_here[kChunk] = {};  // of frames - 2 and - 1
     unpack_chunk<T>(load_frame(shape, item, p.hidden, item.first - 2, channel), before);
     unpack_chunk<T>(load_frame(shape, item, p.hidden, item.first - 1, channel), here);
-    for (int start = item.first - 1; start <= item.last; start += kBwdLoads) {
-      uint4 next[kBwdLoads], dact[kBwdLoads];
+    uint4 next[kBwdLoads], next_ahead[kBwdLoads], dact[kBwdLoads], dact_ahead[kBwdLoads];
+    const auto load = [&](int start) {
       MPLUG2_UNROLL
       for (int i = 0; i < kBwdLoads; ++i) {
         const bool is_wanted = start + i <= item.last;
-        next[i] = is_wanted ? load_frame(shape, item, p.hidden, start + i + 1, channel) : zero_chunk();
-        dact[i] = is_wanted ? load_frame(shape, item, p.dact, start + i, channel) : zero_chunk();
+        next_ahead[i] = is_wanted ? load_frame(shape, item, p.hidden, start + i + 1, channel) : zero_chunk();
+        dact_ahead[i] = is_wanted ? load_frame(shape, item, p.dact, start + i, channel) : zero_chunk();
       }
+    };
+    load(item.first - 1);
+    for (int start = item.first - 1; start <= item.last; start += kBwdLoads) {
+      MPLUG2_UNROLL
+      for (int i = 0; i < kBwdLoads; ++i) {
+        next[i] = next_ahead[i];
+        dact[i] = dact_ahead[i];
+      }
+      load(start + kBwdLoads);
       MPLUG2_UNROLL
       for (int i = 0; i < kBwdLoads; ++i) {
         const int frame = start + i;

@@ -75,8 +75,15 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def has_kernel(name: str, tensor: Tensor) -> bool:
-    """Whether a compiled kernel of the op serves the device of `tensor` (else its reference does)."""
-    return tensor.device.type in _devices[name]
+    """Whether a compiled kernel of the op may serve on the device of `tensor` (else its reference does)."""
+    device = tensor.device
+    return device.type in _devices[name] and (device.type != "cuda" or _may_serve(name, device.index))
+
+
+@torch.compiler.assume_constant_result
+def _may_serve(name: str, index: int) -> bool:
+    major, minor = torch.cuda.get_device_capability(index)
+    return torch.ops.mplug2_cuda.may_serve(name, 10 * major + minor)
 
 
 def layers() -> list[tuple[str, str, str]]:

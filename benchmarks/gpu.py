@@ -130,10 +130,11 @@ def test(run: Run) -> Iterator[Step]:
 
 # Bench, arguments at the published large model's size, arguments of a rehearsal, seconds.
 BENCHES = (
-    ("add_layer_norm", ["--rows", "131584"], ["--rows", "64"], 80),
-    ("linear", ["--rows", "131584"], ["--rows", "64", "--width", "64", "--out", "64"], 100),
+    ("add_layer_norm", ["--rows", "131584"], ["--rows", "64"], 70),
+    ("linear", ["--rows", "131584"], ["--rows", "64", "--width", "64", "--out", "64"], 90),
     ("local_temporal", ["--batch", "32"], ["--width", "64", "--grid", "2"], 130),
     ("attention", ["--batch", "32"], ["--heads", "1"], 130),
+    ("fusion", ["--batch", "32"], ["--width", "64", "--keys", "33"], 50),
     ("linear_cross_entropy", ["--rows", "800"], ["--rows", "8", "--width", "64"], 60),
     ("vision_block", ["--batch", "8"], ["--preset", "nano"], 70),
 )

@@ -35,6 +35,18 @@ STABLE_TORCH_LIBRARY(MPLUG2_NAMESPACE, m) {
          "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? key_lengths, Tensor? key_mask, "
          "bool causal, float scale) -> (Tensor dq, Tensor dk, Tensor dv)");
 
+  // Attention of q over keys x key_weight^T and values x value_weight^T that are never made: with the N heads' rows of
+  // the weights, weights = softmax(scale (q key_weight) x^T) over the keys where key_mask is true, context = weights x,
+  // out = context value_weight^T. q (B*G, S, N, H), row b*G + g reads row b of x (B, K, D), whose hidden rows must be
+  // finite; weights (B, G*S*N, K rounded up to 8, with zeros) and context (B, G*S*N, D) are for the backward pass,
+  // empty unless asked for. A query without keys: out 0, gradient 0.
+  define(m, "fusion_fwd",
+         "(Tensor q, Tensor x, Tensor key_weight, Tensor value_weight, Tensor? key_mask, float scale, "
+         "bool return_saved) -> (Tensor out, Tensor weights, Tensor context)");
+  define(m, "fusion_bwd",
+         "(Tensor dout, Tensor q, Tensor x, Tensor key_weight, Tensor value_weight, Tensor weights, Tensor context, "
+         "float scale) -> (Tensor dq, Tensor dx, Tensor dkey_weight, Tensor dvalue_weight)");
+
   // out = x + up(act), act = QuickGELU(conv(hidden)), hidden = down(LN(x)); conv: 3 taps over T per channel, zero
   // padded, conv_weight[:, 1] at the frame itself. x (B, T, L, D); down (D/2, D), conv (D/2, 3), up (D, D/2). The first
   // num_prefix_tokens of a frame pass through. hidden (B*T*L, D/2) is for the backward pass, empty unless asked for.

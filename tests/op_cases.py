@@ -104,4 +104,18 @@ def cases(seed: int = 0, scale: int = 1) -> dict[str, OpCase]:
         },
         lambda **t: ops.linear_cross_entropy(**t, label_smoothing=0.1),
     )
-    return {case.stem: case for case in (attention, local_temporal, add_layer_norm, linear, linear_cross_entropy)}
+    fusion = OpCase(
+        "fusion",
+        {
+            "q": _randn(g, 4 * scale, 3, 2, 3),
+            "x": _randn(g, 2 * scale, 4, 5),
+            "key_weight": _randn(g, 6, 5) / 5**0.5,
+            "value_weight": _randn(g, 6, 5) / 5**0.5,
+            "value_bias": _randn(g, 6),
+            "key_lengths": torch.tensor([4, 3] * scale),
+            "key_mask": mask.repeat(scale, 1),
+        },
+        lambda **t: ops.fusion(**t),
+    )
+    every = (attention, local_temporal, add_layer_norm, linear, linear_cross_entropy, fusion)
+    return {case.stem: case for case in every}

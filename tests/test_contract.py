@@ -31,8 +31,8 @@ def _has(name: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"mplug2::{name}", key)
 
 
-def test_the_five_ops_are_registered():
-    assert set(STEMS) >= {"add_layer_norm", "attention", "linear", "linear_cross_entropy", "local_temporal"}
+def test_the_six_ops_are_registered():
+    assert set(STEMS) >= {"add_layer_norm", "attention", "fusion", "linear", "linear_cross_entropy", "local_temporal"}
 
 
 @pytest.mark.parametrize("name", OPS)

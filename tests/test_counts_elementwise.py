@@ -176,3 +176,38 @@ def test_linear_cross_entropy():
     assert by_blocks[0] <= logits + first.grid[1] * vector + first.grid[0] * first.grid[1] * rows * 3 * SECTOR
     assert first.exponentials == rows * stride
     assert _bytes(second)[0][0] == parts
+
+
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_fusion(is_masked):
+    items, rows, keys, width = 3, 10, 265, 32  # rows of scores an item
+    stride = 272  # rows of scores and weights begin with a sector
+    q, x, key_weight, value_weight = (
+        _half(items, 5, 2, 8),
+        _half(items, keys, width),
+        _half(16, width),
+        _half(16, width),
+    )
+    mask = torch.arange(keys).expand(items, keys) < 200 if is_masked else None
+    with emulated.counts() as counts:
+        out, *saved = torch.ops.mplug2.fusion_fwd(q, x, key_weight, value_weight, mask, 0.3, True)
+    (launch,) = counts.launches
+    scores = items * rows * stride
+    flags = items * stride if is_masked else 0
+    # Every score is read once and makes one exponential, every weight is written once.
+    flag_sectors = -(-flags // SECTOR) * SECTOR
+    by_blocks = scores * FLOAT + (rows * items * stride if is_masked else 0)
+    launched, blocks = _bytes(launch)
+    assert launched == (scores * FLOAT + flag_sectors, scores * HALF)
+    assert blocks[1] == scores * HALF
+    assert by_blocks <= blocks[0] <= by_blocks + is_masked * rows * items * SECTOR
+    assert launch.exponentials == scores
+    assert launch.wavefronts.actual == launch.wavefronts.ideal
+
+    with emulated.counts() as counts:
+        torch.ops.mplug2.fusion_bwd(out, q, x, key_weight, value_weight, *saved, 0.3)
+    (launch,) = counts.launches
+    # Weights and their gradients in; weights and gradients of scores out.
+    _assert_moves(launch, read=scores * (HALF + FLOAT), written=scores * 2 * HALF)
+    _assert_whole_sectors(launch)
+    assert launch.wavefronts.actual == launch.wavefronts.ideal

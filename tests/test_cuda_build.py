@@ -24,6 +24,8 @@ EXPECTED = {
     r"sum_parts_kernel": (),  # a few kilobytes, read once
     r"add_layer_norm::(fwd|bwd)_kernel": WIDE,
     r"attention::short_fwd_kernel": ("HMMA", "LDSM", "LDGSTS", "STG.128", "EX2"),
+    r"fusion::fwd_kernel": ("LDGSTS", "STG.128", "EX2"),
+    r"fusion::bwd_kernel": ("LDGSTS", "STG.128"),
     r"linear::(fwd|bwd)_kernel<\w+, Identity>": WIDE,
     r"linear::(fwd|bwd)_kernel<\w+, (QuickGelu|Gelu)>": WIDE + EXP,
     r"local_temporal::norm_(bwd_)?kernel": WIDE,

@@ -99,6 +99,19 @@ def _words(g: torch.Generator, blocks: int, width: int, vocabulary: int) -> dict
     return parts | {"targets": targets, "bias": _randn(g, vocabulary)}
 
 
+def _fusion(
+    g: torch.Generator, blocks: int, queries: int, keys: int, heads: int, *, groups: int = 1, masked: bool = False
+) -> dict[str, Tensor]:
+    width = heads * 64
+    batch = -(-blocks * 4 // (groups * queries * heads))  # a row of scores is a small block
+    tensors = {
+        "q": _randn(g, batch * groups, queries, heads, 64), "x": _randn(g, batch, keys, width),
+        "key_weight": _randn(g, width, width) / width**0.5, "value_weight": _randn(g, width, width) / width**0.5,
+        "value_bias": _randn(g, width),
+    }  # fmt: skip
+    return tensors | ({"key_mask": torch.rand(batch, keys, generator=g) > 0.3} if masked else {})
+
+
 CASES = [
     Case("add_layer_norm", "D 1024", lambda g, n: _sums(g, n, 1024), {"eps": 1e-12}),
     Case("add_layer_norm", "D 768", lambda g, n: _sums(g, n, 768), {"eps": 1e-5}),
@@ -122,6 +135,8 @@ CASES = [
     ),
     Case("local_temporal", "T 16, L 257, D 1024", lambda g, n: _local_temporal(g, n, 16, 257, 1024)),
     Case("local_temporal", "T 5, L 197, D 768", lambda g, n: _local_temporal(g, n, 5, 197, 768)),
+    Case("fusion", "25 x 4097, D 1024", lambda g, n: _fusion(g, n, 25, 4097, 16)),
+    Case("fusion", "2 x 514, 5 share, mask", lambda g, n: _fusion(g, n, 2, 514, 12, groups=5, masked=True)),
     Case("linear_cross_entropy", "D 256, V 30522", lambda g, n: _words(g, n, 256, 30522), {"label_smoothing": 0.1}),
 ]
 

@@ -136,6 +136,80 @@ def attention_lse(
     return lse
 
 
+def absorbed(rows: Tensor, weight: Tensor, batch: int) -> Tensor:
+    """Each head's rows through its part of a projection's weight: (B*G, S, N, H), (N*H, D) -> (B, G*S*N, D)."""
+    heads, head_dim = rows.shape[2:]
+    wide = torch.einsum("rsnh,nhd->rsnd", rows, weight.unflatten(0, (heads, head_dim)))
+    return wide.reshape(batch, -1 if rows.numel() else 0, weight.shape[1])
+
+
+def _items(batch: int, scores: int) -> list[slice]:
+    """Slices of the batch with few enough scores, of which each item has so many."""
+    step = max(1, _CHUNK_BYTES // max(1, 4 * scores))
+    return [slice(start, start + step) for start in range(0, batch, step)]
+
+
+def _times_tokens(rows: Tensor, x: Tensor) -> Tensor:
+    """rows x^T in float32 at least: bfloat16 would round scores of ten by 0.03."""
+    wide = accumulation_dtype(x)
+    return rows.to(wide) @ x.to(wide).mT
+
+
+def fusion(
+    q: Tensor, x: Tensor, key_weight: Tensor, value_weight: Tensor, key_mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, weights, context) of attention over tokens x, keys and values never made: softmax(scale (q W_k) x^T) x W_v.
+
+    weights are (B, G*S*N, K rounded up to 8, zeros at the end), context is (B, G*S*N, D).
+    """
+    batch, keys, width = x.shape
+    queries = absorbed(q, key_weight, batch)
+    weights = q.new_zeros(batch, queries.shape[1], -(-keys // 8) * 8)
+    context = torch.empty_like(queries)
+    for part in _items(batch, queries.shape[1] * keys):
+        scores = _times_tokens(queries[part], x[part]) * scale
+        if key_mask is None:
+            shares = scores.softmax(-1).to(q.dtype)
+        else:
+            hidden = ~key_mask[part, None]
+            shares = scores.masked_fill(hidden, -math.inf).softmax(-1).to(q.dtype)
+            shares = shares.masked_fill(hidden, 0)  # not NaN where no key is seen
+        weights[part, :, :keys] = shares
+        context[part] = shares @ x[part]
+    heads, head_dim = q.shape[2:]
+    grouped = context.view(*q.shape[:3], width)
+    out = torch.einsum("rsnd,nhd->rsnh", grouped, value_weight.unflatten(0, (heads, head_dim)))
+    return out.contiguous(), weights, context
+
+
+def fusion_bwd(
+    dout: Tensor,
+    q: Tensor,
+    x: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    weights: Tensor,
+    context: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of (q, x, key_weight, value_weight) by dscores = scale weights (dweights - sum weights dweights)."""
+    batch, keys, width = x.shape
+    queries, dcontext = absorbed(q, key_weight, batch), absorbed(dout, value_weight, batch)
+    weights = weights[..., :keys]
+    dscores = torch.empty_like(weights, memory_format=torch.contiguous_format)
+    for part in _items(batch, queries.shape[1] * keys):
+        dweights = _times_tokens(dcontext[part], x[part])
+        delta = (weights[part] * dweights).sum(-1, keepdim=True)
+        dscores[part] = weights[part] * (dweights - delta) * scale
+    dqueries = (dscores @ x).view(*q.shape[:3], width)
+    dx = torch.cat([dscores, weights], 1).mT @ torch.cat([queries, dcontext], 1)  # one sum, rounded once
+    heads, head_dim = q.shape[2:]
+    dq = torch.einsum("rsnd,nhd->rsnh", dqueries, key_weight.unflatten(0, (heads, head_dim)))
+    dkey_weight = torch.einsum("rsnh,rsnd->nhd", q, dqueries)
+    dvalue_weight = torch.einsum("rsnh,rsnd->nhd", dout, context.view(*q.shape[:3], width))
+    return dq.contiguous(), dx, dkey_weight.reshape(-1, width), dvalue_weight.reshape(-1, width)
+
+
 def local_temporal(
     x: Tensor,
     ln_weight: Tensor,

@@ -65,10 +65,13 @@ def _by_clock(multiprocessors: int, hertz: float) -> dict[str, Rate]:
     return {name: Rate(multiprocessors * hertz * count, source) for name, count in each.items()}
 
 
+# Of an H100 80GB HBM3, by ceilings.py; the H200 has the same chip. 33.3 TB/s of shared memory are 1.97 GHz.
 _HOPPER = {
-    "l2": Rate(5.5e12, "assumed"),
-    "mma": Rate(0.62 * 790e12 / FLOP_OF_MMA, "assumed: 62 % of the rate of wgmma"),
-    **_by_clock(132, 1.75e9),
+    **_by_clock(132, 1.97e9),
+    "l2": Rate(7.98e12, "measured"),
+    "mma": Rate(0.160e12, "measured"),
+    "shared": Rate(0.260e12, "measured"),
+    "exp": Rate(4.25e12, "measured"),
 }
 DEVICES = {
     device.name: device
@@ -81,7 +84,7 @@ DEVICES = {
             **_by_clock(108, 1.41e9),
         }),
         Device("H100", "90", 132, 228 * 1024, {
-            **_HOPPER, "dram": Rate(3.0e12, "measured"), "product": Rate(798e12, "measured"),
+            **_HOPPER, "dram": Rate(2.80e12, "measured"), "product": Rate(744e12, "measured"),
         }),
         Device("H200", "90", 132, 228 * 1024, {
             **_HOPPER, "dram": Rate(4.3e12, "measured"), "product": Rate(788e12, "measured"),

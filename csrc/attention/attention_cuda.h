@@ -28,7 +28,18 @@ struct Call {
 using Outputs = std::tuple<Tensor, Tensor>;            // out, lse
 using Gradients = std::tuple<Tensor, Tensor, Tensor>;  // dq, dk, dv
 
+// What the forward pass left, and the gradient that came in. Any strides.
+struct Saved {
+  Tensor dout, out;  // (B*G, S, N, H)
+  Tensor lse;        // (B*G, N, S) float32
+};
+
+// Up to 320 queries and 320 keys, no mask, one group.
 std::optional<Outputs> short_forward(const Device& device, const Call& call, bool return_lse);
+std::optional<Gradients> short_backward(const Device& device, const Call& call, const Saved& saved);
+// Any number of queries, keys and groups, key_lengths, key_mask, causal.
+std::optional<Outputs> tiled_forward(const Device& device, const Call& call, bool return_lse);
+std::optional<Gradients> tiled_backward(const Device& device, const Call& call, const Saved& saved);
 
 // Of an instance for each dtype.
 inline bool serves(const Instance& bf16_instance, const Instance& fp16_instance, const Device& device, const Call& c) {

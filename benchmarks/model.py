@@ -268,6 +268,16 @@ def _attention_forward(ops, pairs: int):
     return ops.attention_fwd(q, k, v, None, None, False, 0.125, True)
 
 
+def _attention_to_visual_tokens(queries: int):
+    """`heads` of `queries` queries over the 4,097 tokens of a video."""
+
+    def run(ops, heads: int):
+        k, v = _randn(1, FRAMES * (TOKENS - 1) + 1, 2, heads, 64).unbind(2)
+        return ops.attention_fwd(_randn(1, queries, heads, 64), k, v, None, None, False, 0.125, True)
+
+    return run
+
+
 # Width 1,024 is one warp's row in four chunks a lane.
 _ROW = r"<__nv_bfloat16, RowLayout<4, 1> ?>"
 # Products are cuBLAS's: not in these bounds.
@@ -298,6 +308,12 @@ CASES = [
     }),
     Case("attention", "257 x 257, forward", _attention_forward, 1, 1, VIDEOS * FRAMES * 16, {
         "attention_fwd_short": r".*short_fwd_kernel<__nv_bfloat16",
+    }),
+    Case("attention", "25 x 4097, forward", _attention_to_visual_tokens(25), 4, 1, VIDEOS * 16, {
+        "attention_fwd_tiled": r".*tiled_fwd_kernel<__nv_bfloat16, attention::Layout<1, 2>",
+    }),
+    Case("attention", "4097 x 4097, forward", _attention_to_visual_tokens(4097), 1, 1, VIDEOS * 16, {
+        "attention_fwd_tiled": r".*tiled_fwd_kernel<__nv_bfloat16, attention::Layout<4, 2>",
     }),
 ]  # fmt: skip
 

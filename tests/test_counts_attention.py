@@ -66,3 +66,82 @@ def test_two_blocks_of_an_a100_fit():
     with emulated.counts() as counts:
         emulated.ops.attention_fwd(q, k, v, None, None, False, HEAD_DIM**-0.5, True)
     assert 2 * (counts.of("attention_fwd_short").shared_bytes + 1024) <= 164 * 1024
+
+
+# ---- tiles of keys --------------------------------------------------------------------------------------------------
+def _tiled(batch, groups, queries, keys, *, causal=False, multiprocessors=1):
+    """The counts of a forward pass over packed keys and values, and its q, k and out."""
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(batch * groups, queries, HEADS, HEAD_DIM, generator=g).bfloat16()
+    k, v = torch.randn(batch, keys, 2, HEADS, HEAD_DIM, generator=g).bfloat16().unbind(2)
+    emulated.load()
+    with emulated.device(num_multiprocessors=multiprocessors), emulated.counts() as counts:
+        out, _ = emulated.ops.attention_fwd(q, k, v, None, None, causal, HEAD_DIM**-0.5, True)
+    return counts, q, k, out
+
+
+def _sectors(*shape: int) -> int:
+    return torch.Size(shape).numel() * HEADS * HEAD_DIM * 2 // SECTOR
+
+
+@pytest.mark.parametrize(("groups", "queries", "rows"), [(5, 1, 16), (1, 25, 32), (5, 10, 64), (128, 1, 128)], ids=str)
+def test_rows_that_share_keys_read_them_once(groups, queries, rows):
+    """All tiles of rows: everything moves once, and the arithmetic is that of the tile's rows."""
+    batch, keys = 2, 1025
+    counts, q, k, out = _tiled(batch, groups, queries, keys)
+    launch = counts.of("attention_fwd_tiled")
+    assert len(counts.launches) == 1
+    for found, size in ((launch.of(k).read, 2 * batch * keys), (launch.of(q).read, batch * groups * queries)):
+        assert found.launch == found.blocks == _sectors(size)
+    assert launch.of(out).written.launch == launch.of(out).written.blocks == _sectors(batch * groups * queries)
+    least = 2 * batch * HEADS * rows * keys * HEAD_DIM / (16 * 8 * 16)
+    assert launch.mma <= 1.008 * least  # 1,032 keys
+    assert max(launch.mma_by_scheduler) <= 1.04 * least / 4
+    assert launch.exponentials <= 1.06 * batch * HEADS * rows * keys
+    assert launch.wavefronts.actual <= 1.01 * launch.wavefronts.ideal
+    # A fragment feeds two instructions where a warp has 32 rows; beyond 128 are the parts of warps, once a block.
+    assert launch.shared_bytes_read <= {16: 265, 32: 146, 64: 138, 128: 128}[rows] * launch.mma
+    assert launch.block_barriers <= batch * HEADS * (-(-keys // 64) + 2)
+
+
+def test_keys_that_blocks_share_are_read_once():
+    batch, groups, keys, splits = 1, 5, 4097, 16
+    counts, _, k, out = _tiled(batch, groups, 1, keys, multiprocessors=108)
+    tiled, combine = counts.of("attention_fwd_tiled"), counts.of("attention_fwd_combine")
+    assert tiled.grid == (batch * HEADS, splits, 1)
+    assert tiled.of(k).read.launch == tiled.of(k).read.blocks == _sectors(2 * batch * keys)
+    parts = splits * HEADS * groups * 9  # 72 float32
+    assert sum(r.written.launch for r in tiled.ranges) <= parts
+    assert sum(r.read.launch for r in combine.ranges) <= parts
+    assert combine.of(out).written.launch == _sectors(batch * groups)
+    rows = _sectors(batch * groups)
+    assert sum(r.read.blocks for r in tiled.ranges) == tiled.of(k).read.blocks + splits * rows
+
+
+def test_tiles_above_the_diagonal_are_skipped():
+    length = 1025
+    launch = _tiled(1, 1, length, length, causal=True)[0].of("attention_fwd_tiled")
+    half = HEADS * (length * (length + 1) / 2) * 2 * HEAD_DIM / (16 * 8 * 16)
+    assert launch.mma <= 1.10 * half
+    assert launch.shared_bytes_read <= 129 * launch.mma
+    assert launch.wavefronts.actual <= 1.01 * launch.wavefronts.ideal
+
+
+def test_the_last_row_is_shared_by_the_warps():
+    """513 = 4 x 128 + 1: the keys of the last row are divided among the warps."""
+    length = 513
+    launch = _tiled(1, 1, length, length)[0].of("attention_fwd_tiled")
+    least = 2 * HEADS * 512 * length * HEAD_DIM / (16 * 8 * 16)
+    assert launch.mma <= 1.08 * least
+    assert max(launch.mma_by_scheduler) <= 1.01 * launch.mma / 4
+
+
+def test_lengths_end_the_walk_over_keys():
+    emulated.load()
+    q = torch.randn(3, 5, 1, HEAD_DIM).bfloat16()
+    k, v = torch.randn(3, 1000, 2, 1, HEAD_DIM).bfloat16().unbind(2)
+    with emulated.device(num_multiprocessors=1), emulated.counts() as counts:
+        emulated.ops.attention_fwd(q, k, v, torch.tensor([129, 0, 8]), None, False, HEAD_DIM**-0.5, False)
+    launch = counts.of("attention_fwd_tiled")
+    assert launch.of(k).read.blocks == 2 * (129 + 8) * HEAD_DIM * 2 / SECTOR
+    assert launch.mma == 2 * (136 + 8) * 16 * HEAD_DIM / (16 * 8 * 16)

@@ -2,6 +2,7 @@
 // functions, which give nothing where the family does not serve the call (attention_cuda.cu asks them in turn).
 #pragma once
 #include "attention/attention_host.h"
+#include "attention/attention_mask.cuh"
 #include "attention/attention_tokens.cuh"
 #include "core/instance.h"
 
@@ -21,7 +22,7 @@ struct Call {
   bool is_for_kernels() const {
     return (q.scalar_type() == ScalarType::BFloat16 || q.scalar_type() == ScalarType::Half) &&
            shape.head_dim == kHead && static_cast<float>(scale) * kLog2E > 0 && shape.batch * shape.heads > 0 &&
-           shape.batch * shape.heads <= INT32_MAX && shape.queries > 0 && shape.keys > 0;
+           shape.batch * shape.heads <= INT32_MAX && shape.total_queries() > 0 && shape.keys > 0;
   }
 };
 
@@ -53,6 +54,21 @@ inline Tensor rows_of(const Tensor& t) {
   if (aligned) return t;
   const Tensor rows = torch::stable::contiguous(t);
   return reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % 16 == 0 ? rows : torch::stable::clone(rows);
+}
+
+// Lengths and mask of the call, contiguous, as kernels take them.
+inline Mask mask_of(const Call& call) {
+  const auto& lengths = call.key_lengths;
+  const bool is_wide = lengths && lengths->scalar_type() == ScalarType::Long;
+  const void* data = !lengths  ? nullptr
+                     : is_wide ? static_cast<const void*>(device_data<int64_t>(*lengths))
+                               : device_data<int32_t>(*lengths);
+  return {data,
+          call.key_mask ? device_data<bool>(*call.key_mask) : nullptr,
+          static_cast<int>(call.shape.queries),
+          static_cast<int>(call.shape.keys),
+          is_wide,
+          call.causal};
 }
 
 template <class T>

@@ -33,5 +33,9 @@ MPLUG2_DEVICE void store_floats(float* to, const float* from) {
   __builtin_memcpy(&bits, from, sizeof(bits));
   store16(to, bits);
 }
+// Two float32 in one access.
+MPLUG2_DEVICE void store_pair(float* to, float first, float second) {
+  store8(to, make_uint2(__float_as_uint(first), __float_as_uint(second)));
+}
 
 }  // namespace mplug2

@@ -131,6 +131,14 @@ MPLUG2_DEVICE void store16(void* to, uint4 value) {
   emulator::store16(to, value);
 #endif
 }
+// 8 bytes in one access, aligned to 8.
+MPLUG2_DEVICE void store8(void* to, uint2 value) {
+#if defined(__CUDACC__)
+  *static_cast<uint2*>(to) = value;
+#else
+  __builtin_memcpy(__builtin_assume_aligned(to, sizeof(value)), &value, sizeof(value));
+#endif
+}
 // 16 bytes of global memory that nobody reads or writes again soon: they leave the caches first.
 MPLUG2_DEVICE uint4 load16_once(const void* from) {
 #if defined(__CUDACC__)

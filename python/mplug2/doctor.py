@@ -120,8 +120,10 @@ CASES = [
         for what, make, options in (
             ("257 x 257", lambda g, n: _attention(g, n, 257, 257), {}),
             ("197 x 197, lengths", lambda g, n: _attention(g, n, 197, 197, lengths=True), {}),
+            ("25 x 1028", lambda g, n: _attention(g, n, 25, 1028), {}),
             ("50 x 1028", lambda g, n: _attention(g, n, 50, 1028), {}),
             ("1 x 514, 5 share", lambda g, n: _attention(g, n, 1, 514, groups=5, lengths=True), {}),
+            ("1 x 4097, 5 share, one row", lambda g, n: _attention(g, 1, 1, 4097, groups=5), {}),  # blocks share keys
             ("1025, causal", lambda g, n: _attention(g, n, 1025, 1025, tiles=8), {"causal": True}),
         )
     ),

@@ -42,10 +42,14 @@ std::optional<Gradients> short_backward(const Device& device, const Call& call, 
 std::optional<Outputs> tiled_forward(const Device& device, const Call& call, bool return_lse);
 std::optional<Gradients> tiled_backward(const Device& device, const Call& call, const Saved& saved);
 
-// Of an instance for each dtype.
-inline bool serves(const Instance& bf16_instance, const Instance& fp16_instance, const Device& device, const Call& c) {
-  return (c.q.scalar_type() == ScalarType::BFloat16 ? bf16_instance : fp16_instance).serves(device);
-}
+// Of the tiled kernels, by what a call is: few queries, hidden keys by a length or a mask, all else.
+struct TiledInstances {
+  Instances few, padded, many;
+  bool serve(const Device& device, const Call& call) const {
+    const bool is_padded = call.key_lengths || call.key_mask, is_few = call.shape.total_queries() <= 64;
+    return (is_padded ? padded : is_few ? few : many).serve(device, call.q.scalar_type());
+  }
+};
 
 // Rows that start at multiples of 16 bytes, whatever the strides of the other dimensions: itself, or a copy.
 inline Tensor rows_of(const Tensor& t) {

@@ -1,6 +1,6 @@
 // Attention of short rows, forward. A block is one head of one row: its keys and values lie in shared memory whole, its
-// queries in registers, 32 a warp, so that a fragment of keys or values feeds two matrix instructions. What is left
-// beyond a multiple of 32 (the 257th query) is one more tile of 16 rows, whose keys the warps share.
+// queries in registers, 16 a warp at a time. A last tile of queries that would keep seven of eight warps waiting (the
+// 257th query) is shared: each warp takes an eighth of its keys.
 #pragma once
 #include "attention/attention_query_tile.cuh"
 
@@ -17,102 +17,91 @@ struct ShortFwdParams {
 };
 
 constexpr int kShortKeys = 320, kShortRows = 320;  // K and S at most
-constexpr int kShortFwdWarps = 4, kShortFwdThreads = kShortFwdWarps * kWarp;
-// 168 to 255 registers a thread: the shared memory of 257 keys lets an A100 hold two blocks, an H100 three.
-constexpr int kShortFwdBlocks = 2;
-
-constexpr int kWarpRows = 2 * kTileRows;  // of a warp at a time
-constexpr int kStepTiles = 4;             // tiles of keys a step: 32 keys
-
-// Every warp has 32 rows whose fragments the strip can share.
-MPLUG2_DEVICE bool has_strip(int queries) {
-  const int left = queries % kWarpRows;
-  return queries >= kShortFwdWarps * kWarpRows && 0 < left && left <= kTileRows;
-}
+// 16 warps a multiprocessor at 128 registers. With 32 queries a warp a fragment would feed two matrix instructions, but
+// 249 registers leave 8 warps, too few to hide latency: 753 us instead of TODO (docs/attention.md).
+constexpr int kShortFwdWarps = 8, kShortFwdThreads = kShortFwdWarps * kWarp, kShortFwdBlocks = 2;
+constexpr int kStepTiles = 4;  // tiles of keys a step: 32 keys
 
 constexpr int short_fwd_shared_bytes(int keys) {
-  const int tiles = 2 * padded_keys(keys) * kRowBytes, strip = kShortFwdWarps * kTileRows * kPartFloats * 4;
-  return tiles > strip ? tiles : strip;
+  const int tiles = 2 * padded_keys(keys) * kRowBytes, parts = kShortFwdWarps * kTileRows * kPartFloats * 4;
+  return tiles > parts ? tiles : parts;
+}
+
+struct HideNone {
+  template <int kTiles>
+  MPLUG2_DEVICE void operator()(int, float (&)[kTiles][4]) const {}
+};
+// Of a tile of keys those from `seen` on.
+struct HideFrom {
+  int seen;
+  MPLUG2_DEVICE void operator()(int, float (&scores)[1][4]) const {
+    MPLUG2_UNROLL
+    for (int j = 0; j < 4; ++j)
+      if (static_cast<int>(threadIdx.x % 4 * 2 + j % 2) >= seen) scores[0][j] = -INFINITY;
+  }
+};
+
+// The tiles of keys [first, end): whole steps, then single tiles, the last one perhaps beyond the keys.
+template <class T>
+MPLUG2_DEVICE void attend_to_tiles(QueryTile (&rows)[1], unsigned char* k, unsigned char* v, int first, int end,
+                                   const ShortFwdParams<T>& p) {
+  const int end_of_steps = min(end, p.keys / kTileKeys) - kStepTiles;
+  for (; first <= end_of_steps; first += kStepTiles) {
+    const int at = first * kTileKeys * kRowBytes;
+    attend<T, kStepTiles, 1>(rows, k + at, v + at, p.scale_log2, HideNone{});
+  }
+  for (; first < end; ++first) {
+    const int at = first * kTileKeys * kRowBytes;
+    attend<T, 1, 1>(rows, k + at, v + at, p.scale_log2, HideFrom{p.keys - first * kTileKeys});
+  }
 }
 
 template <class T>
 MPLUG2_KERNEL(kShortFwdThreads, kShortFwdBlocks)
 short_fwd_kernel(ShortFwdParams<T> p) {
   const int64_t batch = blockIdx.x / p.heads, head = blockIdx.x % p.heads;
-  const int warp = threadIdx.x / kWarp, t = threadIdx.x % 4;
-  const bool strip = has_strip(p.queries);
-  const int units = strip ? p.queries / kWarpRows : (p.queries + kWarpRows - 1) / kWarpRows;  // of 32 rows
-  const int strip_first = units * kWarpRows;
+  const int warp = threadIdx.x / kWarp;
+  const int tiles = (p.queries + kTileRows - 1) / kTileRows, key_tiles = (p.keys + kTileKeys - 1) / kTileKeys;
+  const bool is_last_shared = tiles > kShortFwdWarps && tiles % kShortFwdWarps == 1;
+  const int own_tiles = is_last_shared ? tiles - 1 : tiles;  // of queries, of one warp each
   const T* q = p.q.at(batch, head);
   T* out = p.out.at(batch, head);
   const auto store_lse = [&](int row, float lse) {
     if (p.lse != nullptr) p.lse[static_cast<int64_t>(blockIdx.x) * p.queries + row] = lse;
   };
-  unsigned char* k_tile = shared_memory();
-  unsigned char* v_tile = k_tile + padded_keys(p.keys) * kRowBytes;
+  unsigned char *k = shared_memory(), *v = k + key_tiles * kTileKeys * kRowBytes;
 
   // keys, values and the first queries, once
-  copy_rows<kShortFwdThreads>(k_tile, p.k.at(batch, head), p.k.token, padded_keys(p.keys), p.keys);
-  copy_rows<kShortFwdThreads>(v_tile, p.v.at(batch, head), p.v.token, padded_keys(p.keys), p.keys);
+  copy_rows<kShortFwdThreads>(k, p.k.at(batch, head), p.k.token, key_tiles * kTileKeys, p.keys);
+  copy_rows<kShortFwdThreads>(v, p.v.at(batch, head), p.v.token, key_tiles * kTileKeys, p.keys);
   cp_async_commit();
-  QueryTile rows[3];  // 32 queries, and the strip
-  MPLUG2_UNROLL
-  for (int r = 0; r < 2; ++r) load_rows(rows[r].q, q, p.q.token, warp * kWarpRows + r * kTileRows, p.queries);
-  rows[2].clear();
+  QueryTile rows[1];
+  load_rows(rows[0].q, q, p.q.token, warp * kTileRows, p.queries);
   cp_async_wait<0>();
   __syncthreads();
 
-  const auto see_all = [](int, auto&) {};
-  for (int unit = warp; unit < units; unit += kShortFwdWarps) {
+  for (int tile = warp; tile < own_tiles; tile += kShortFwdWarps) {
     rows[0].clear();
-    rows[1].clear();
-    // The warp's last 32 rows take its share of the strip along: every fourth step.
-    const bool with_strip = strip && unit + kShortFwdWarps >= units;
-    if (with_strip) load_rows(rows[2].q, q, p.q.token, strip_first, p.queries);
-    int key = 0, share = kShortFwdWarps - warp;
-    for (; key + kStepTiles * kTileKeys <= p.keys; key += kStepTiles * kTileKeys, ++share) {
-      unsigned char *k = k_tile + key * kRowBytes, *v = v_tile + key * kRowBytes;
-      if (with_strip && share % kShortFwdWarps == 0) {  // in halves: all at once spills registers
-        constexpr int kHalf = kStepTiles / 2, kHalfBytes = kHalf * kTileKeys * kRowBytes;
-        attend<T, kHalf, 3>(rows, k, v, p.scale_log2, see_all);
-        attend<T, kHalf, 3>(rows, k + kHalfBytes, v + kHalfBytes, p.scale_log2, see_all);
-      } else {
-        attend<T, kStepTiles, 2>(rows, k, v, p.scale_log2, see_all);
-      }
-    }
-    for (; key < p.keys; key += kTileKeys, ++share) {
-      unsigned char *k = k_tile + key * kRowBytes, *v = v_tile + key * kRowBytes;
-      const auto hide = [&](int, float (&scores)[1][4]) {
-        MPLUG2_UNROLL
-        for (int j = 0; j < 4; ++j)
-          if (key + t * 2 + j % 2 >= p.keys) scores[0][j] = -INFINITY;
-      };
-      if (with_strip && share % kShortFwdWarps == 0)
-        attend<T, 1, 3>(rows, k, v, p.scale_log2, hide);
-      else
-        attend<T, 1, 2>(rows, k, v, p.scale_log2, hide);
-    }
+    attend_to_tiles(rows, k, v, 0, key_tiles, p);
 
     // out, lse; the next queries
-    MPLUG2_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      const int first = unit * kWarpRows + r * kTileRows;
-      store_queries(out, p.out.token, first, p.queries, rows[r], store_lse);
-      load_rows(rows[r].q, q, p.q.token, first + kShortFwdWarps * kWarpRows, p.queries);
-    }
+    store_queries(out, p.out.token, tile * kTileRows, p.queries, rows[0], store_lse);
+    load_rows(rows[0].q, q, p.q.token, min(tile + kShortFwdWarps, tiles - 1) * kTileRows, p.queries);
   }
-  if (!strip) return;
+  if (!is_last_shared) return;
 
-  // the strip: parts of all warps where keys and values were, added in the order of warps
+  // the shared tile: parts of all warps where keys and values were, added in the order of warps
+  rows[0].clear();
+  attend_to_tiles(rows, k, v, warp * key_tiles / kShortFwdWarps, (warp + 1) * key_tiles / kShortFwdWarps, p);
   float* parts = reinterpret_cast<float*>(shared_memory());  // (warps, kTileRows, kPartFloats)
   __syncthreads();
-  store_parts(parts + warp * kTileRows * kPartFloats, rows[2]);
+  store_parts(parts + warp * kTileRows * kPartFloats, rows[0]);
   __syncthreads();
-  const int row = threadIdx.x / kHeadChunks, chunk = threadIdx.x % kHeadChunks;
-  if (strip_first + row >= p.queries) return;
+  const int row = threadIdx.x / kHeadChunks, chunk = threadIdx.x % kHeadChunks, at = own_tiles * kTileRows + row;
+  if (row >= kTileRows || at >= p.queries) return;
   const MergedRow merged(parts + row * kPartFloats, kTileRows * kPartFloats, kShortFwdWarps, chunk);
-  merged.store_out(out + (strip_first + row) * p.out.token + chunk * kChunk);
-  if (chunk == 0) store_lse(strip_first + row, merged.lse());
+  merged.store_out(out + at * p.out.token + chunk * kChunk);
+  if (chunk == 0) store_lse(at, merged.lse());
 }
 
 }  // namespace mplug2::attention

@@ -7,8 +7,13 @@
 namespace mplug2::attention {
 namespace {
 
-const Instance kFwdBf16{"attention", "attention_fwd_tiled_bf16", MPLUG2_DIGEST(attention)};
-const Instance kFwdFp16{"attention", "attention_fwd_tiled_fp16", MPLUG2_DIGEST(attention)};
+// One kernel, three names for what it does: where something else is faster for one of them, that one can be left.
+const TiledInstances kForward{{{"attention", "attention_fwd_few_bf16", MPLUG2_DIGEST(attention)},
+                               {"attention", "attention_fwd_few_fp16", MPLUG2_DIGEST(attention)}},
+                              {{"attention", "attention_fwd_padded_bf16", MPLUG2_DIGEST(attention)},
+                               {"attention", "attention_fwd_padded_fp16", MPLUG2_DIGEST(attention)}},
+                              {{"attention", "attention_fwd_many_bf16", MPLUG2_DIGEST(attention)},
+                               {"attention", "attention_fwd_many_fp16", MPLUG2_DIGEST(attention)}}};
 
 struct Grid {
   int tile;           // rows
@@ -92,7 +97,7 @@ std::optional<Outputs> tiled_forward(const Device& device, const Call& call, boo
   const auto& [shape, q, k, v, key_lengths, key_mask, causal, scale] = call;
   constexpr int64_t kMost = 1 << 30;  // queries of a group, or keys
   if (shape.total_queries() > kMost || shape.keys > kMost || grid_of(shape).blocks > INT32_MAX ||
-      !serves(kFwdBf16, kFwdFp16, device, call))
+      !kForward.serve(device, call))
     return std::nullopt;
   const auto contiguous = [](const std::optional<Tensor>& t) {
     return t ? std::optional(torch::stable::contiguous(*t)) : std::nullopt;

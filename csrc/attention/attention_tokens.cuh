@@ -29,13 +29,18 @@ MPLUG2_DEVICE unsigned char* chunk_at(unsigned char* tile, int r, int c) {
   return tile + r * kRowBytes + ((c ^ (r % 8)) * 16);
 }
 
-// Rows [0, rows) of a head into shared memory, in flight; zeros from `valid` on.
+// Rows [0, rows) of a head into shared memory, in flight; zeros from `valid` on. A thread keeps to its column of chunks
+// and, as it takes every eighth row or fewer, to its place in the swizzle.
 template <int kThreads, class T>
 MPLUG2_DEVICE void copy_rows(unsigned char* tile, const T* from, int64_t token, int rows, int valid) {
-  for (int i = threadIdx.x; i < rows * kHeadChunks; i += kThreads) {
-    const int r = i / kHeadChunks, c = i % kHeadChunks;
-    cp_async16(chunk_at(tile, r, c), from + (r < valid ? r * token + c * kChunk : 0), r < valid);
-  }
+  constexpr int kRowsAtOnce = kThreads / kHeadChunks;
+  static_assert(kRowsAtOnce % 8 == 0);
+  int r = threadIdx.x / kHeadChunks;
+  const int c = threadIdx.x % kHeadChunks;
+  unsigned char* to = chunk_at(tile, r, c);
+  const T *none = from, *at = from + r * token + c * kChunk;
+  for (; r < rows; r += kRowsAtOnce, to += kRowsAtOnce * kRowBytes, at += kRowsAtOnce * token)
+    cp_async16(to, r < valid ? at : none, r < valid);
 }
 
 // x[i] of lane t of a quad <-> x[t] of lane i.
@@ -89,7 +94,7 @@ MPLUG2_DEVICE void store_rows(T* to, int64_t token, int first, int end, const fl
         words[j] = pack<T>(d[4 * i + j][2 * half] * factor[half], d[4 * i + j][2 * half + 1] * factor[half]);
       transpose_quad(words);
       if (row < end)
-        store16(to + row * token + (4 * i + t) * kChunk, make_uint4(words[0], words[1], words[2], words[3]));
+        store16_global(to + row * token + (4 * i + t) * kChunk, make_uint4(words[0], words[1], words[2], words[3]));
     }
   }
 }

@@ -139,6 +139,14 @@ MPLUG2_DEVICE void store8(void* to, uint2 value) {
   __builtin_memcpy(__builtin_assume_aligned(to, sizeof(value)), &value, sizeof(value));
 #endif
 }
+// To global memory in one access also where the compiler would rather store four times than gather four registers.
+MPLUG2_DEVICE void store16_global(void* to, uint4 value) {
+#if defined(__CUDACC__)
+  __stwb(static_cast<uint4*>(to), value);
+#else
+  emulator::store16_global(to, value);
+#endif
+}
 // 16 bytes of global memory that nobody reads or writes again soon: they leave the caches first.
 MPLUG2_DEVICE uint4 load16_once(const void* from) {
 #if defined(__CUDACC__)

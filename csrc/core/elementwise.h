@@ -9,15 +9,6 @@ namespace mplug2 {
 
 constexpr int64_t kMaxColumns = 1 << 24;  // of a matrix: kernels count them in 32 bits
 
-// An instance for each dtype that has kernels.
-struct Instances {
-  Instance bf16_instance, fp16_instance;
-  bool serve(const Device& device, ScalarType dtype) const {
-    if (dtype == ScalarType::BFloat16) return bf16_instance.serves(device);
-    return dtype == ScalarType::Half && fp16_instance.serves(device);
-  }
-};
-
 inline bool is_half(const Tensor& t) {
   return t.scalar_type() == ScalarType::BFloat16 || t.scalar_type() == ScalarType::Half;
 }

@@ -24,4 +24,13 @@ class Instance {
   Entry* entry_;
 };
 
+// An instance for each dtype that has kernels.
+struct Instances {
+  Instance bf16_instance, fp16_instance;
+  bool serve(const Device& device, ScalarType dtype) const {
+    if (dtype == ScalarType::BFloat16) return bf16_instance.serves(device);
+    return dtype == ScalarType::Half && fp16_instance.serves(device);
+  }
+};
+
 }  // namespace mplug2

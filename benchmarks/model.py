@@ -278,6 +278,12 @@ def _attention_to_visual_tokens(queries: int):
     return run
 
 
+def _attention_backward(ops, pairs: int):
+    q, k, v = _randn(1, TOKENS, 3, pairs, 64).unbind(2)
+    dout, out, lse = _randn(1, TOKENS, pairs, 64), _randn(1, TOKENS, pairs, 64), _randn(1, pairs, TOKENS).float()
+    return ops.attention_bwd(dout, q, k, v, out, lse, None, None, False, 0.125)
+
+
 # Width 1,024 is one warp's row in four chunks a lane.
 _ROW = r"<__nv_bfloat16, RowLayout<4, 1> ?>"
 # Products are cuBLAS's: not in these bounds.
@@ -308,6 +314,9 @@ CASES = [
     }),
     Case("attention", "257 x 257, forward", _attention_forward, 1, 1, VIDEOS * FRAMES * 16, {
         "attention_fwd_short": r".*short_fwd_kernel<__nv_bfloat16",
+    }),
+    Case("attention", "257 x 257, backward", _attention_backward, 1, 1, VIDEOS * FRAMES * 16, {
+        "attention_bwd_short": r".*short_bwd_kernel<__nv_bfloat16, 4",
     }),
     Case("attention", "25 x 4097, forward", _attention_to_visual_tokens(25), 4, 1, VIDEOS * 16, {
         "attention_fwd_tiled": r".*tiled_fwd_kernel<__nv_bfloat16, attention::Layout<1, 2>",
@@ -349,8 +358,8 @@ class Launched:
         return extrapolated(*self.works, self.sizes, Size(self.case.rows, multiprocessors))
 
 
-def counted(case: Case) -> list[Launched]:
-    """Runs the case emulated."""
+def counted(case: Case, shared_bytes: int) -> list[Launched]:
+    """Runs the case emulated, on a device with so much shared memory for a block."""
     import emulated
 
     emulated.load()
@@ -359,7 +368,7 @@ def counted(case: Case) -> list[Launched]:
     for rows, multiprocessors in (
         (small.rows, small.multiprocessors), (large.rows, small.multiprocessors), (small.rows, large.multiprocessors)
     ):  # fmt: skip
-        with emulated.device(num_multiprocessors=multiprocessors), emulated.counts() as counts:
+        with emulated.device(multiprocessors, shared_bytes), emulated.counts() as counts:
             case.run(emulated.ops, rows)
         runs.append(counts.launches)
     if len({tuple(launch.name for launch in run) for run in runs}) != 1:
@@ -419,7 +428,10 @@ def _output(command: list[str]) -> str:
 # ---- the table ------------------------------------------------------------------------------------------------------
 def bounds(devices: list[Device], ops: set[str]) -> list[dict]:
     """One dict per launch and device."""
-    launches = [launch for case in CASES if case.op in ops for launch in counted(case)]
+    launches = {
+        size: [launch for case in CASES if case.op in ops for launch in counted(case, size - 1024)]
+        for size in {device.shared_bytes for device in devices}
+    }
     codes: dict[str, dict[str, Code]] = {}
     for arch in sorted({device.arch for device in devices}):
         try:
@@ -427,7 +439,7 @@ def bounds(devices: list[Device], ops: set[str]) -> list[dict]:
         except RuntimeError as error:
             codes[arch] = {}
             print(f"model: no machine code for sm_{arch}: {str(error).splitlines()[0]}", file=sys.stderr)
-    return [_row(launch, device, codes[device.arch]) for device in devices for launch in launches]
+    return [_row(launch, device, codes[device.arch]) for device in devices for launch in launches[device.shared_bytes]]
 
 
 def _row(launch: Launched, device: Device, codes: dict[str, Code]) -> dict:

@@ -20,8 +20,9 @@ SHAPES = [
     (1, 2, 9, 4, 1, 20),
     (3, 1, 4, 6, 2, 1),
 ]
-# What the CUDA kernel of short rows takes: whole and partial steps of 32 keys, 32 queries a warp with and without a
-# rest of up to 16 queries that the warps share, and the longest rows.
+# What the CUDA kernels of short rows take. Forward: whole and partial steps of 32 keys, 32 queries a warp with and
+# without a rest of up to 16 queries that the warps share. Backward: pairs of warps with 1, 3 and 4 tiles of 16 keys,
+# and a rest of none, up to 16 keys and more. And the longest rows.
 SHORT = [
     (1, 1, 1, 1, 1, 64),
     (2, 1, 5, 33, 3, 64),
@@ -30,8 +31,14 @@ SHORT = [
     (1, 1, 130, 3, 2, 64),
     (1, 1, 144, 47, 1, 64),
     (1, 1, 151, 16, 1, 64),
+    (1, 1, 9, 64, 1, 64),
+    (1, 1, 70, 80, 1, 64),
+    (1, 1, 32, 81, 1, 64),
     (1, 1, 197, 197, 3, 64),
+    (1, 1, 31, 208, 1, 64),
+    (1, 1, 64, 209, 1, 64),
     (5, 1, 257, 257, 1, 64),
+    (1, 1, 40, 300, 1, 64),
     (1, 1, 320, 320, 1, 64),
 ]
 # What the CUDA kernels of tiles of keys take beside masks: tiles of 16, 32, 64 and 128 rows (the G S queries that share
@@ -47,17 +54,18 @@ TILED = [
     (1, 1, 321, 321, 1, 64),
 ]
 MASKS = ["none", "lengths", "mask", "both", "empty"]
-SHORT_FORWARD, TILED_FORWARD = "attention_fwd_short", "attention_fwd_tiled"
+SHORT_FORWARD, SHORT_BACKWARD = "attention_fwd_short", "attention_bwd_short"
+TILED_FORWARD, TILED_BACKWARD = "attention_fwd_tiled", ("attention_bwd_tiled_dq", "attention_bwd_tiled_dkv")
 
 
 def _launches(shape, dtype, key_lengths=None, key_mask=None, causal=False, scale=1.0):
-    """The CUDA kernels that serve a call."""
+    """The CUDA kernels that serve a call, forward and backward."""
     _, groups, queries, keys, _, head_dim = shape
     if head_dim != 64 or 0 in shape or scale <= 0 or dtype == torch.float32:
         return []
     masked = key_lengths is not None or key_mask is not None or causal
     short = groups == 1 and queries <= 320 and keys <= 320 and not masked
-    return [SHORT_FORWARD if short else TILED_FORWARD]
+    return [SHORT_FORWARD, SHORT_BACKWARD] if short else [TILED_FORWARD, *TILED_BACKWARD]
 
 
 def _explicit(q, k, v, key_lengths=None, key_mask=None, causal=False, scale=None):
@@ -106,6 +114,11 @@ def _reference(q, k, v, **options):
 
 def _op(q, k, v, **options):
     return ops.attention(q, k, v, return_lse=True, **options)
+
+
+def _gradients(dout, q, k, v, out, lse):
+    """dq, dk, dv by the op itself, whatever the strides of its arguments."""
+    return torch.ops.mplug2.attention_bwd(dout, q, k, v, out, lse, None, None, False, q.shape[-1] ** -0.5)
 
 
 def _tensors(shape, spread=1.0):
@@ -158,10 +171,14 @@ def test_what_has_no_cuda_kernel_goes_to_the_reference(case):
     options = {"key_lengths": None, "key_mask": None, **options}
     with emulated.counts() as counts:
         out, lse = emulated.ops.attention_fwd(*tensors, **options, return_lse=True)
+        grads = emulated.ops.attention_bwd(out, *tensors, out, lse, **options)
     assert not counts.launches
     assert not _launches(shape, dtype, **options)
     assert torch.equal(out, reference.attention(*tensors, **options))
     assert torch.equal(lse, reference.attention_lse(*tensors[:2], **options))
+    expected = reference.gradients(lambda *t: reference.attention(*t, **options), tensors, out)
+    for grad, e in zip(grads, expected, strict=True):
+        assert torch.equal(grad, e)
 
 
 @pytest.mark.parametrize("which", [0, 1])
@@ -258,6 +275,12 @@ def test_views_give_the_bits_of_their_copies(backend, view, shape):
     copies = [t.clone(memory_format=torch.contiguous_format) for t in tensors]
     for one, other in zip(actual, ops.attention(*copies, return_lse=True), strict=True):
         assert torch.equal(one, other)
+    out, lse = actual
+    with backend.launching(SHORT_BACKWARD):
+        grads = _gradients(view(out.flip(1)), *tensors, view(out), lse)
+    copies += [t.clone(memory_format=torch.contiguous_format) for t in (view(out.flip(1)), view(out))]
+    for one, other in zip(grads, _gradients(copies[3], *copies[:3], copies[4], lse), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("needing", [(0,), (1,), (2,), (0, 2)], ids=str)
@@ -269,7 +292,7 @@ def test_gradients_of_some_inputs_from_stride_0_gradients(backend, needing):
         function(*leaves)[0].sum().backward()
         return [leaf.grad for leaf in leaves]
 
-    with backend.launching(SHORT_FORWARD):
+    with backend.launching(SHORT_FORWARD, SHORT_BACKWARD):
         actual = grads(_op, dtype, backend.device)
     baseline, truth = grads(_explicit, dtype), grads(_explicit, torch.float64)
     for i, triple in enumerate(zip(actual, baseline, truth, strict=True)):
@@ -287,10 +310,17 @@ def test_tokens_beyond_the_end_are_never_read(backend, length, groups):
     for t in whole:
         t[:, length:] = torch.nan
     views = [t[:, :length] for t in whole]
-    with backend.launching(*_launches(shape, backend.dtypes[0])):
-        out = ops.attention(*views)
+    with backend.launching(SHORT_FORWARD):
+        out, lse = ops.attention(*views, return_lse=True)
     assert out.isfinite().all()
     assert torch.equal(out, ops.attention(*(t.contiguous() for t in views)))
+    padded_out = torch.cat([out, torch.full_like(out, torch.nan)], 1)[:, :length]
+    with backend.launching(SHORT_BACKWARD):
+        grads = _gradients(views[0], *views, padded_out, lse)
+    assert all(grad.isfinite().all() for grad in grads)
+    dout, k, v = (t.contiguous() for t in views)
+    for one, other in zip(grads, _gradients(dout, dout, k, v, out, lse), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("options", [{}, {"causal": True}], ids=str)
@@ -324,12 +354,57 @@ def test_scores_far_apart(backend, groups):
     assert_close(lse.cpu(), base_lse, true_lse, dtype=dtype)
 
 
+def test_gradients_of_scores_far_apart(backend):
+    """Weights that are 0 or 1, and lse of thousands."""
+    tensors = _tensors((1, 1, 133, 257, 1, 64))
+    tensors[1] = tensors[1] * torch.linspace(0, 40, 257, dtype=torch.float64)[:, None, None]
+    with backend.launching(SHORT_FORWARD, SHORT_BACKWARD):
+        *_, grads = _run(_op, tensors, backend.dtypes[0], backend.dtypes[0], backend.device)
+    *_, truth = _run(_explicit, tensors, torch.float64, backend.dtypes[0])
+    for grad, t in zip(grads, truth, strict=True):
+        torch.testing.assert_close(grad.double(), t, rtol=0.02, atol=0.02 * t.abs().max().item())
+
+
+@pytest.mark.parametrize("keys", [70, 97])
+def test_gradients_of_scores_far_below_zero(backend, keys):
+    """Where a tile ends, 2^-lse overflows: weights of keys that are not there must not come in."""
+    tensors, dtype = _tensors((1, 1, 37, keys, 1, 64)), backend.dtypes[0]
+    tensors[0], tensors[1] = 0.1 * tensors[0] + 4, 0.1 * tensors[1] - 8
+    with backend.launching(SHORT_FORWARD, SHORT_BACKWARD):
+        _, lse, grads = _run(_op, tensors, dtype, dtype, backend.device)
+    assert (lse < -200).all()
+    *_, base = _run(_explicit, tensors, dtype, dtype)
+    *_, truth = _run(_explicit, tensors, torch.float64, dtype)
+    for grad, b, t in zip(grads, base, truth, strict=True):
+        assert_close(grad, b, t, local=LOCAL_FROM_LSE)
+
+
+def test_gradients_after_another_layer(backend):
+    """out and lse of the reference: a forward pass that no kernel served."""
+    shape, dtype = (1, 1, 70, 97, 2, 64), backend.dtypes[0]
+    tensors = _tensors(shape)
+    q, k, v = (t.to(backend.device, dtype) for t in tensors)
+    out, lse = reference.attention(q, k, v), reference.attention_lse(q, k)
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    with backend.launching(SHORT_BACKWARD):
+        grads = _gradients(dout.to(backend.device), q, k, v, out, lse)
+    *_, base = _run(_explicit, tensors, dtype, dtype)
+    *_, truth = _run(_explicit, tensors, torch.float64, dtype)
+    for grad, b, t in zip(grads, base, truth, strict=True):
+        assert_close(grad.cpu(), b, t, local=LOCAL_FROM_LSE)
+
+
 @pytest.mark.parametrize("shape", [(2, 1, 257, 257, 1, 64), (1, 5, 1, 1025, 1, 64)], ids=str)
 def test_the_same_bits_every_time(backend, shape):
     tensors = [t.to(backend.device, backend.dtypes[0]) for t in _tensors(shape)]
-    first = ops.attention(*tensors, return_lse=True)
+
+    def run():
+        out, lse = ops.attention(*tensors, return_lse=True)
+        return out, lse, *_gradients(tensors[0], *tensors, out, lse)
+
+    first = run()
     for _ in range(3):
-        for one, other in zip(first, ops.attention(*tensors, return_lse=True), strict=True):
+        for one, other in zip(first, run(), strict=True):
             assert torch.equal(one, other)
 
 
@@ -348,9 +423,11 @@ def test_the_same_bits_in_any_order_of_warps(shape, causal):
     emulated.load()
     tensors = [t.bfloat16() for t in _tensors(shape)]
     mask = _masks("mask", *shape[:4:3])["key_mask"] if causal else None
+    saved = emulated.ops.attention_fwd(*tensors, None, mask, causal, 0.125, True)
 
     def run():
-        return emulated.ops.attention_fwd(*tensors, None, mask, causal, 0.125, True)
+        forward = emulated.ops.attention_fwd(*tensors, None, mask, causal, 0.125, True)
+        return *forward, *emulated.ops.attention_bwd(tensors[0], *tensors, *saved, None, mask, causal, 0.125)
 
     first = run()
     for order in [("plain", 0), ("skewed", 1), ("skewed", 2), ("random", 0), ("random", 1)]:
@@ -369,9 +446,39 @@ def test_shared_memory_decides():
         assert [launch.name for launch in counts.launches] == [kernel]
 
 
+@pytest.mark.parametrize(("length", "kilobytes"), [(97, (80, 99)), (257, (99, 227))])
+def test_shared_memory_decides_when_dq_is_made(length, kilobytes):
+    """Backward: after 64 queries, or where ds of all of them fit at the end. The bits are the same."""
+    emulated.load()
+    tensors = [t.bfloat16() for t in _tensors((1, 1, length, length, 1, 64))]
+    saved = emulated.ops.attention_fwd(*tensors, None, None, False, 0.125, True)
+    runs, launches = [], []
+    for size in kilobytes:
+        with emulated.device(max_shared_bytes=size * 1024), emulated.counts() as counts:
+            runs.append(emulated.ops.attention_bwd(tensors[0], *tensors, *saved, None, None, False, 0.125))
+        launches.append(counts.of(SHORT_BACKWARD))
+    assert launches[0].shared_bytes < launches[1].shared_bytes
+    assert launches[0].block_barriers > launches[1].block_barriers
+    for one, other in zip(*runs, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_backward_of_what_does_not_fit_goes_to_the_kernels_of_tiles():
+    emulated.load()
+    tensors = [t.bfloat16() for t in _tensors((1, 1, 320, 320, 1, 64))]
+    saved = emulated.ops.attention_fwd(*tensors, None, None, False, 0.125, True)
+    with emulated.device(max_shared_bytes=99 * 1024), emulated.counts() as counts:
+        emulated.ops.attention_bwd(tensors[0], *tensors, *saved, None, None, False, 0.125)
+    assert [launch.name for launch in counts.launches if "parts" not in launch.name] == [*TILED_BACKWARD]
+
+
 def _in_blocks(tensors, first, end, causal=False):
+    """out, lse and, of the short kernels, gradients of what the blocks compute."""
     with emulated.blocks(first, end):
-        return emulated.ops.attention_fwd(*tensors, None, None, causal, 0.125, True)
+        saved = emulated.ops.attention_fwd(*tensors, None, None, causal, 0.125, True)
+        if causal:
+            return saved
+        return *saved, *emulated.ops.attention_bwd(tensors[0], *tensors, *saved, None, None, False, 0.125)
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
@@ -383,10 +490,11 @@ def test_more_heads_than_a_grid_has_rows(causal):
     for t, s in zip(tensors, small, strict=True):
         t[2, :, 12345] = s[0, :, 0]
     block = 2 * heads + 12345
-    out, lse = _in_blocks(tensors, block, block + 1, causal)
-    small_out, small_lse = emulated.ops.attention_fwd(*small, None, None, causal, 0.125, True)
-    assert torch.equal(out[2, :, 12345], small_out[0, :, 0])
+    out, lse, *grads = _in_blocks(tensors, block, block + 1, causal)
+    small_out, small_lse, *small_grads = _in_blocks(small, 0, 1, causal)
     assert torch.equal(lse[2, 12345], small_lse[0, 0])
+    for one, other in zip((out, *grads), (small_out, *small_grads), strict=True):
+        assert torch.equal(one[2, :, 12345], other[0, :, 0])
 
 
 @pytest.mark.parametrize(("length", "causal"), [(5, False), (133, False), (5, True), (133, True)], ids=str)
@@ -398,10 +506,11 @@ def test_elements_past_2_to_the_31(length, causal):
     for t, s in zip(tensors, small, strict=True):
         t[-1] = s[0]
     tiles = 2 if causal and length > 128 else 1  # of rows, a block each
-    out, lse = _in_blocks(tensors, (2 * rows - 1) * tiles, 2 * rows * tiles, causal)
-    small_out, small_lse = emulated.ops.attention_fwd(*small, None, None, causal, 0.125, True)
-    assert torch.equal(out[-1, :, 1], small_out[0, :, 1])
+    out, lse, *grads = _in_blocks(tensors, (2 * rows - 1) * tiles, 2 * rows * tiles, causal)
+    small_out, small_lse, *small_grads = _in_blocks(small, tiles, 2 * tiles, causal)
     assert torch.equal(lse[-1, 1], small_lse[0, 1])
+    for one, other in zip((out, *grads), (small_out, *small_grads), strict=True):
+        assert torch.equal(one[-1, :, 1], other[0, :, 1])
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
@@ -439,12 +548,15 @@ def test_hidden_keys_are_never_read(backend, which, queries):
 def test_a_single_key_is_copied(backend, which):
     options = {"dtype": backend.dtypes[which], "device": backend.device, "requires_grad": True}
     q, k, v = (torch.randn(2, n, 3, 64, **options) for n in (4, 1, 1))
-    with backend.launching(SHORT_FORWARD):
+    with backend.launching(SHORT_FORWARD, SHORT_BACKWARD):
         out = ops.attention(q, k, v)
+        out.backward(torch.ones_like(out))
     assert torch.equal(out, v.expand(out.shape))
-    out.backward(torch.ones_like(out))
     torch.testing.assert_close(v.grad, torch.full_like(v, 4))
     assert q.grad.count_nonzero() == k.grad.count_nonzero() == 0  # the weight is 1 whatever the score
+    dout = torch.randn_like(out)
+    dq, dk, _ = torch.autograd.grad(ops.attention(q, k, v), (q, k, v), dout)
+    assert dq.count_nonzero() == dk.count_nonzero() == 0
 
 
 @pytest.mark.parametrize("which", [0, 1])

@@ -19,10 +19,10 @@ def _packed() -> list[torch.Tensor]:
     return list(torch.randn(1, LENGTH, 3, HEADS, HEAD_DIM, generator=g).bfloat16().unbind(2))
 
 
-def _held(launch: emulated.Launch, products: int) -> None:
+def _held(launch: emulated.Launch, products: int, shared_bytes: int) -> None:
     assert launch.mma <= 1.12 * _needed(products)
     assert max(launch.mma_by_scheduler) <= 1.20 * _needed(products) / 4
-    assert launch.shared_bytes_read <= 128 * launch.mma
+    assert launch.shared_bytes_read <= shared_bytes * launch.mma
     assert launch.wavefronts.actual <= 1.05 * launch.wavefronts.ideal
 
 
@@ -50,7 +50,7 @@ def test_forward_moves_each_operand_once(forward):
 
 
 def test_forward_multiplies_little_more_than_it_must(forward):
-    _held(forward[0], products=2)
+    _held(forward[0], products=2, shared_bytes=128)
 
 
 def test_forward_exponentials_and_barriers(forward):
@@ -145,3 +145,47 @@ def test_lengths_end_the_walk_over_keys():
     launch = counts.of("attention_fwd_tiled")
     assert launch.of(k).read.blocks == 2 * (129 + 8) * HEAD_DIM * 2 / SECTOR
     assert launch.mma == 2 * (136 + 8) * 16 * HEAD_DIM / (16 * 8 * 16)
+
+
+# Kilobytes of shared memory, and bytes of it read for a matrix instruction: 64 in four products, whose fragments of
+# queries feed four instructions; more in dq = ds k, whose ds cross shared memory. Least where dq is made at the end.
+SIZES = {"99 KB": (99, 178), "227 KB": (227, 142)}
+
+
+@pytest.fixture(scope="module", params=SIZES.values(), ids=SIZES.keys())
+def backward(request):
+    kilobytes, shared_bytes = request.param
+    q, k, v = _packed()
+    dout = q.flip(1).contiguous()
+    emulated.load()
+    out, lse = emulated.ops.attention_fwd(q, k, v, None, None, False, HEAD_DIM**-0.5, True)
+    with emulated.device(max_shared_bytes=kilobytes * 1024), emulated.counts() as counts:
+        grads = emulated.ops.attention_bwd(dout, q, k, v, out, lse, None, None, False, HEAD_DIM**-0.5)
+    return counts.of("attention_bwd_short"), (q, dout, out, lse), grads, shared_bytes
+
+
+def test_backward_moves_each_operand_once(backward):
+    launch, (q, dout, out, lse), grads, _ = backward
+    operand = LENGTH * HEADS * HEAD_DIM * 2 / SECTOR
+    for tensor, operands in ((q, 3), (dout, 1), (out, 1)):  # q, k and v are packed
+        read = launch.of(tensor).read
+        assert read.launch == read.blocks == operands * operand
+    for grad in grads:
+        written = launch.of(grad).written
+        assert written.launch == written.blocks == operand
+    assert launch.of(lse).read.blocks <= 1.05 * lse.numel() * 4 / SECTOR
+    assert len(launch.ranges) == 7  # and nothing else
+    total = sum(r.read.blocks + r.written.blocks for r in launch.ranges)
+    assert launch.global_sectors <= 1.02 * total
+
+
+def test_backward_multiplies_little_more_than_it_must(backward):
+    launch, *_, shared_bytes = backward
+    _held(launch, products=5, shared_bytes=shared_bytes)
+
+
+def test_backward_exponentials_and_barriers(backward):
+    launch = backward[0]
+    assert launch.exponentials <= 1.125 * HEADS * LENGTH * LENGTH
+    assert launch.block_barriers <= 16 * HEADS
+    assert launch.named_barriers <= 2 * ((LENGTH + 15) // 16) * HEADS

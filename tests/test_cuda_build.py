@@ -28,6 +28,7 @@ EXPECTED = {
     r"fusion::bwd_kernel": ("LDGSTS", "STG.128"),
     r"attention::tiled_fwd_kernel": ("HMMA", "LDSM", "LDGSTS", "STG.128", "EX2"),
     r"attention::combine_kernel": WIDE + EXP,
+    r"attention::short_bwd_kernel": ("HMMA", "LDSM", "LDGSTS", "LDG.128", "STG.128", "EX2"),
     r"linear::(fwd|bwd)_kernel<\w+, Identity>": WIDE,
     r"linear::(fwd|bwd)_kernel<\w+, (QuickGelu|Gelu)>": WIDE + EXP,
     r"local_temporal::norm_(bwd_)?kernel": WIDE,

@@ -10,7 +10,6 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <cutlass/arch/barrier.h>
 
 #include <cute/arch/copy_sm75.hpp>
 #include <cute/arch/copy_sm80.hpp>
@@ -258,11 +257,11 @@ MPLUG2_DEVICE void mma_m16n8k8(float (&d)[4], const uint32_t (&a)[2], uint32_t b
 }
 
 // ---- named barriers: `threads` threads, whole warps, of the block; id 0 to 7 ----------------------------------------
-// CUTLASS keeps the hardware's ids 0 to 7 for itself (0 is __syncthreads) and adds 8 to ours.
+// The hardware's ids 0 to 7 are left to CUTLASS and __syncthreads. CUTLASS's struct is a breakpoint before sm_90. Own
+// PTX: these two lines.
 MPLUG2_DEVICE void named_barrier_sync(int id, int threads) {
 #if defined(__CUDACC__)
-  cutlass::arch::NamedBarrier::arrive_and_wait(static_cast<uint32_t>(threads), static_cast<uint32_t>(id));
-  asm volatile("" ::: "memory");
+  asm volatile("bar.sync %0, %1;" ::"r"(id + 8), "r"(threads) : "memory");
 #else
   emulator::named_barrier_sync(id, threads);
 #endif
@@ -270,8 +269,7 @@ MPLUG2_DEVICE void named_barrier_sync(int id, int threads) {
 // Counted, without waiting.
 MPLUG2_DEVICE void named_barrier_arrive(int id, int threads) {
 #if defined(__CUDACC__)
-  asm volatile("" ::: "memory");
-  cutlass::arch::NamedBarrier::arrive(static_cast<uint32_t>(threads), static_cast<uint32_t>(id));
+  asm volatile("bar.arrive %0, %1;" ::"r"(id + 8), "r"(threads) : "memory");
 #else
   emulator::named_barrier_arrive(id, threads);
 #endif

@@ -119,6 +119,8 @@ CASES = [
         Case("attention", what, make, options, LOCAL_FROM_LSE)
         for what, make, options in (
             ("257 x 257", lambda g, n: _attention(g, n, 257, 257), {}),
+            ("197 x 197", lambda g, n: _attention(g, n, 197, 197), {}),
+            ("197 x 50", lambda g, n: _attention(g, n, 197, 50), {}),
             ("197 x 197, lengths", lambda g, n: _attention(g, n, 197, 197, lengths=True), {}),
             ("25 x 1028", lambda g, n: _attention(g, n, 25, 1028), {}),
             ("50 x 1028", lambda g, n: _attention(g, n, 50, 1028), {}),

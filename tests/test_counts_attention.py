@@ -50,7 +50,8 @@ def test_forward_moves_each_operand_once(forward):
 
 
 def test_forward_multiplies_little_more_than_it_must(forward):
-    _held(forward[0], products=2, shared_bytes=128)
+    # A fragment of keys or values feeds one instruction: 16 queries a warp leave room for twice as many warps.
+    _held(forward[0], products=2, shared_bytes=257)
 
 
 def test_forward_exponentials_and_barriers(forward):

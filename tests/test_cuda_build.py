@@ -29,6 +29,8 @@ EXPECTED = {
     r"attention::tiled_fwd_kernel": ("HMMA", "LDSM", "LDGSTS", "STG.128", "EX2"),
     r"attention::combine_kernel": WIDE + EXP,
     r"attention::short_bwd_kernel": ("HMMA", "LDSM", "LDGSTS", "LDG.128", "STG.128", "EX2"),
+    r"attention::tiled_bwd_(dq|dkv)_kernel": ("HMMA", "LDSM", "LDGSTS", "STG.128", "EX2"),
+    r"attention::tiled_bwd_parts_kernel": WIDE,
     r"linear::(fwd|bwd)_kernel<\w+, Identity>": WIDE,
     r"linear::(fwd|bwd)_kernel<\w+, (QuickGelu|Gelu)>": WIDE + EXP,
     r"local_temporal::norm_(bwd_)?kernel": WIDE,

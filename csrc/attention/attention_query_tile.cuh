@@ -187,7 +187,7 @@ struct MergedRow {
     float values[kChunk];
     MPLUG2_UNROLL
     for (int j = 0; j < kChunk; ++j) values[j] = out[j] * inverse;
-    store16_global(to, pack_chunk<T>(values));
+    store16(to, pack_chunk<T>(values));
   }
   MPLUG2_DEVICE float lse() const { return top * kLn2 + logf(sum); }
 };

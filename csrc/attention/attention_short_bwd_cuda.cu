@@ -5,8 +5,8 @@
 namespace mplug2::attention {
 namespace {
 
-const Instance kBwdBf16{"attention", "attention_bwd_short_bf16", MPLUG2_DIGEST(attention)};
-const Instance kBwdFp16{"attention", "attention_bwd_short_fp16", MPLUG2_DIGEST(attention)};
+const Instances kShort{{"attention", "attention_bwd_short_bf16", MPLUG2_DIGEST(attention)},
+                       {"attention", "attention_bwd_short_fp16", MPLUG2_DIGEST(attention)}};
 
 // ds of all queries in shared memory where they fit, else of a block of them.
 ShortBwdLayout layout_of(const Device& device, int queries, int keys) {
@@ -52,7 +52,7 @@ std::optional<Gradients> short_backward(const Device& device, const Call& call, 
   if (call.has_mask() || shape.groups != 1 || shape.queries > kShortBwdRows || shape.keys > kShortBwdKeys ||
       layout_of(device, static_cast<int>(shape.queries), static_cast<int>(shape.keys)).bytes >
           device.max_shared_bytes() ||
-      !serves(kBwdBf16, kBwdFp16, device, call))
+      !kShort.serve(device, call.q.scalar_type()))
     return std::nullopt;
   const auto run = call.q.scalar_type() == ScalarType::BFloat16 ? backward<bf16> : backward<fp16>;
   return run(device, {shape, rows_of(call.q), rows_of(call.k), rows_of(call.v), {}, {}, false, call.scale},

@@ -94,7 +94,7 @@ MPLUG2_DEVICE void store_rows(T* to, int64_t token, int first, int end, const fl
         words[j] = pack<T>(d[4 * i + j][2 * half] * factor[half], d[4 * i + j][2 * half + 1] * factor[half]);
       transpose_quad(words);
       if (row < end)
-        store16_global(to + row * token + (4 * i + t) * kChunk, make_uint4(words[0], words[1], words[2], words[3]));
+        store16(to + row * token + (4 * i + t) * kChunk, make_uint4(words[0], words[1], words[2], words[3]));
     }
   }
 }

@@ -125,7 +125,10 @@ MPLUG2_DEVICE uint4 load16(const void* from) {
 }
 MPLUG2_DEVICE void store16(void* to, uint4 value) {
 #if defined(__CUDACC__)
-  *static_cast<uint4*>(to) = value;
+  // As one number: nvcc takes the store of a struct apart, and does not always put it together again.
+  unsigned __int128 bits;
+  __builtin_memcpy(&bits, &value, sizeof(bits));
+  *static_cast<unsigned __int128*>(to) = bits;
 #else
   emulator::store16(to, value);
 #endif
@@ -136,14 +139,6 @@ MPLUG2_DEVICE void store8(void* to, uint2 value) {
   *static_cast<uint2*>(to) = value;
 #else
   __builtin_memcpy(__builtin_assume_aligned(to, sizeof(value)), &value, sizeof(value));
-#endif
-}
-// To global memory in one access also where the compiler would rather store four times than gather four registers.
-MPLUG2_DEVICE void store16_global(void* to, uint4 value) {
-#if defined(__CUDACC__)
-  __stwb(static_cast<uint4*>(to), value);
-#else
-  emulator::store16_global(to, value);
 #endif
 }
 // 16 bytes of global memory that nobody reads or writes again soon: they leave the caches first.

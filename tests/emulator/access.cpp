@@ -17,12 +17,6 @@ void store16(void* to, uint4 value) {
   follow_aligned(to, 16, Access::kWrite, MPLUG2_CALLER);
   *static_cast<uint4*>(to) = value;
 }
-void store16_global(void* to, uint4 value) {
-  if (current->block->is_shared(reinterpret_cast<uintptr_t>(to)))
-    fail("stores to shared memory as to global", MPLUG2_CALLER);
-  follow_aligned(to, 16, Access::kWrite, MPLUG2_CALLER);
-  *static_cast<uint4*>(to) = value;
-}
 
 }  // namespace emulator
 

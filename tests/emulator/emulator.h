@@ -86,7 +86,6 @@ T from_bits(uint32_t bits) {
 
 uint4 load16(const void* from);
 void store16(void* to, uint4 value);
-void store16_global(void* to, uint4 value);
 
 void cp_async16(void* to_shared, const void* from, bool is_valid);
 void cp_async_commit();

@@ -82,9 +82,7 @@ def test_a_fragment_of_what_streams_by_feeds_two_instructions(square, kernel):
     """A pass of shared memory gives 128 bytes, half of a fragment of 16 x 16 numbers; none is lost to conflicts."""
     launch = square[0].of(kernel)
     assert launch.ldmatrix.actual <= launch.mma
-    for moved in (launch.ldmatrix, launch.copies):
-        assert moved.actual == moved.ideal
-    assert launch.wavefronts.actual <= 1.25 * launch.wavefronts.ideal
+    assert launch.wavefronts.actual == launch.wavefronts.ideal
 
 
 @pytest.mark.parametrize(("kernel", "slack"), [(DQ, 1.12), (DKV, 1.08)])

@@ -37,7 +37,10 @@ struct Slower {
   int capability;
 };
 const std::vector<Slower>& slower() {
-  static const std::vector<Slower> rule = {};
+  static const std::vector<Slower> rule = {
+      {"attention_fwd_many_bf16", 90}, {"attention_fwd_many_fp16", 90}, {"attention_bwd_many_bf16", 90},
+      {"attention_bwd_many_fp16", 90}, {"attention_bwd_few_bf16", 90},  {"attention_bwd_few_fp16", 90},
+  };
   return rule;
 }
 

@@ -42,7 +42,7 @@ def attention(
         RuntimeError, ValueError: a shape or dtype does not fit.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    keep_lse = return_lse or (has_kernel("attention_bwd", q) and needs_grad(q, k, v))
+    keep_lse = return_lse or (needs_grad(q, k, v) and has_kernel("attention_bwd", q))
     out, lse = _forward(q, k, v, key_lengths, key_mask, causal, scale, keep_lse)
     return (out, lse.detach()) if return_lse else out
 

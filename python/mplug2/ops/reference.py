@@ -85,6 +85,8 @@ def attention(
         causal = False  # the only query is the last one and sees every key
     square = causal and groups == 1 and num_queries == num_keys and key_lengths is None and key_mask is None
     keys = None if square else attention_keys(q, k, key_lengths, key_mask, causal)
+    if scale is not None and scale <= 0:  # kernels of SDPA take the largest score before they scale: NaN
+        q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
     # G rows of q become G*S queries of one row of k, so that k and v are read in place.
     folded = q.reshape(batch, groups * num_queries, num_heads, head_dim).transpose(1, 2)
     seen = None

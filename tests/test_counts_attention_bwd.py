@@ -1,5 +1,5 @@
 """What attention's backward kernels of tiles move and multiply, counted by the emulator and held to the bounds of
-docs/attention_backward.md."""
+docs/attention_gpu.md."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What the attention kernels move and multiply, counted by the emulator and held to the bounds of docs/attention_gpu.md."""
+"""What the attention kernels move and multiply, counted by the emulator, within the bounds of docs/attention_gpu.md."""
 
 import pytest
 import torch

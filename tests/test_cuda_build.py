@@ -50,7 +50,7 @@ def _label(path: Path) -> str:
 @pytest.mark.parametrize("source", cuda_report.sources(), ids=_label)
 def test_machine_code(source, arch):
     kernels = cuda_report.report((arch,), jobs=1, paths=[source])
-    assert kernels, "a file without kernels"
+    assert kernels or "launch(" not in source.read_text(), "a file that launches kernels and has none"
     complaints = cuda_report.complaints(kernels)
     assert not complaints, "\n".join(complaints)
     for kernel in kernels:

@@ -22,7 +22,7 @@ def test_roof_is_the_largest_need():
 
 def test_roof_rates_are_measured_ones():
     assert bench.roof_rates("NVIDIA H200", None)["dram"] == 4.3e12
-    assert bench.roof_rates("NVIDIA H100 80GB HBM3", None)["product"] == 798e12
+    assert bench.roof_rates("NVIDIA H100 80GB HBM3", None)["product"] == 744e12
     assert bench.roof_rates("NVIDIA A100-SXM4-80GB", None) == {}
     assert bench.roof_rates("Another", None) == {}
 

@@ -59,13 +59,11 @@ MPLUG2_DEVICE void attend_to_tiles(QueryTile (&rows)[1], unsigned char* k, unsig
 template <class T>
 MPLUG2_KERNEL(kShortFwdThreads, kShortFwdBlocks)
 short_fwd_kernel(ShortFwdParams<T> p) {
-  const int64_t batch = blockIdx.x / p.heads, head = blockIdx.x % p.heads;
+  const int batch = blockIdx.x / p.heads, head = blockIdx.x % p.heads;
   const int warp = threadIdx.x / kWarp;
   const int tiles = (p.queries + kTileRows - 1) / kTileRows, key_tiles = (p.keys + kTileKeys - 1) / kTileKeys;
   const bool is_last_shared = tiles > kShortFwdWarps && tiles % kShortFwdWarps == 1;
   const int own_tiles = is_last_shared ? tiles - 1 : tiles;  // of queries, of one warp each
-  const T* q = p.q.at(batch, head);
-  T* out = p.out.at(batch, head);
   const auto store_lse = [&](int row, float lse) {
     if (p.lse != nullptr) p.lse[static_cast<int64_t>(blockIdx.x) * p.queries + row] = lse;
   };
@@ -76,7 +74,7 @@ short_fwd_kernel(ShortFwdParams<T> p) {
   copy_rows<kShortFwdThreads>(v, p.v.at(batch, head), p.v.token, key_tiles * kTileKeys, p.keys);
   cp_async_commit();
   QueryTile rows[1];
-  load_rows(rows[0].q, q, p.q.token, warp * kTileRows, p.queries);
+  load_rows(rows[0].q, p.q.at(batch, head), p.q.token, warp * kTileRows, p.queries);
   cp_async_wait<0>();
   __syncthreads();
 
@@ -85,8 +83,8 @@ short_fwd_kernel(ShortFwdParams<T> p) {
     attend_to_tiles(rows, k, v, 0, key_tiles, p);
 
     // out, lse; the next queries
-    store_queries(out, p.out.token, tile * kTileRows, p.queries, rows[0], store_lse);
-    load_rows(rows[0].q, q, p.q.token, min(tile + kShortFwdWarps, tiles - 1) * kTileRows, p.queries);
+    store_queries(p.out.at(batch, head), p.out.token, tile * kTileRows, p.queries, rows[0], store_lse);
+    load_rows(rows[0].q, p.q.at(batch, head), p.q.token, min(tile + kShortFwdWarps, tiles - 1) * kTileRows, p.queries);
   }
   if (!is_last_shared) return;
 
@@ -100,7 +98,7 @@ short_fwd_kernel(ShortFwdParams<T> p) {
   const int row = threadIdx.x / kHeadChunks, chunk = threadIdx.x % kHeadChunks, at = own_tiles * kTileRows + row;
   if (row >= kTileRows || at >= p.queries) return;
   const MergedRow merged(parts + row * kPartFloats, kTileRows * kPartFloats, kShortFwdWarps, chunk);
-  merged.store_out(out + at * p.out.token + chunk * kChunk);
+  merged.store_out(p.out.at(batch, head) + at * p.out.token + chunk * kChunk);
   if (chunk == 0) store_lse(at, merged.lse());
 }
 

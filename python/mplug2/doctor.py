@@ -194,8 +194,8 @@ class Bands(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = func._schema.name
-        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(name, self.key)
-        is_kernel = name.startswith("mplug2") and not name.endswith("_reference") and has_kernel
+        is_op = name.startswith("mplug2") and not name.endswith("_reference")
+        is_kernel = is_op and torch._C._dispatch_has_kernel_for_dispatch_key(name, self.key)
         if is_kernel and func not in self._ops:
             self._ops.append(func)
             try:

@@ -21,8 +21,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import model
 import torch
+from devices import DEVICES, with_ceilings
 from torch import Tensor
 
 from mplug2 import _library, ops
@@ -76,9 +76,9 @@ def arguments(description: str, **defaults: int | str) -> argparse.Namespace:
 
 def roof_rates(device_name: str, ceilings: Path | None) -> dict[str, float]:
     """What a roof is made of: rates measured on this device, or measured before on one of its name; else none."""
-    known = next((device for name, device in model.DEVICES.items() if name in device_name), None)
+    known = next((device for name, device in DEVICES.items() if name in device_name), None)
     if ceilings:
-        known = model.with_ceilings(known or model.DEVICES["H100"], json.loads(ceilings.read_text(encoding="utf-8")))
+        known = with_ceilings(known or DEVICES["H100"], json.loads(ceilings.read_text(encoding="utf-8")))
     elif known and (known.rates["dram"].is_assumed or known.rates["product"].is_assumed):
         known = None
     return {name: known.rates[name].value for name in ("dram", "product", "exp")} if known else {}

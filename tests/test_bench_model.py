@@ -1,22 +1,13 @@
 """The arithmetic of benchmarks/model.py, against numbers worked out by hand."""
 
-import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
 
-
-def _load():
-    path = Path(__file__).parents[1] / "benchmarks" / "model.py"
-    spec = importlib.util.spec_from_file_location("bench_model", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-model = _load()
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import devices
+import model
 
 
 def work(**amounts: float):
@@ -26,8 +17,8 @@ def work(**amounts: float):
 
 def device(**rates: float):
     ones = dict.fromkeys(model.RESOURCES, 1.0)
-    given = {name: model.Rate(value, "measured") for name, value in (ones | rates).items()}
-    return model.Device("toy", "80", 10, 164 * 1024, given)
+    given = {name: devices.Rate(value, "measured") for name, value in (ones | rates).items()}
+    return devices.Device("toy", "80", 10, 164 * 1024, given)
 
 
 @pytest.mark.parametrize(
@@ -82,24 +73,24 @@ def test_bound_counts_the_busiest_multiprocessor_for_all_but_memory():
 
 def test_assumed_rates_are_named_where_they_are_used():
     toy = device()
-    toy.rates["l2"] = model.Rate(1, "assumed: a guess")
+    toy.rates["l2"] = devices.Rate(1, "assumed: a guess")
     assert model.bound(work(dram_bytes=1, l2_bytes=1, blocks=10), toy).assumed == ("l2",)
     assert model.bound(work(dram_bytes=1, blocks=10), toy).assumed == ()
 
 
 def test_rates_of_the_devices():
     for name in ("A100", "H100", "H200"):
-        rates = model.DEVICES[name].rates
+        rates = devices.DEVICES[name].rates
         assert set(rates) == {*model.RESOURCES, "product"}
         assert all(rate.source == "measured" or rate.source.startswith("assumed") for rate in rates.values())
     # residual + LayerNorm of 131,584 rows of 1,024: four bfloat16 tensors at 4.3 TB/s are 251 us
-    assert 4 * 2 * model.ROWS * 1024 / model.DEVICES["H200"].rates["dram"].value == pytest.approx(250.7e-6, rel=1e-3)
+    assert 4 * 2 * model.ROWS * 1024 / devices.DEVICES["H200"].rates["dram"].value == pytest.approx(250.7e-6, rel=1e-3)
 
 
 def test_measured_ceilings_replace_rates():
     names = ("copy", "l2_read", "shared_ldmatrix", "shared_load16", "mma", "exp2", "product")
     found = {"multiprocessors": 114, "rates": {name: {"median": 128.0 * (i + 1)} for i, name in enumerate(names)}}
-    measured = model.with_ceilings(model.DEVICES["H100"], found)
+    measured = devices.with_ceilings(devices.DEVICES["H100"], found)
     assert measured.multiprocessors == 114
     assert {name: rate.value for name, rate in measured.rates.items() if not rate.is_assumed} == {
         "dram": 128, "l2": 256, "shared": 4, "mma": 640, "exp": 768, "product": 896,

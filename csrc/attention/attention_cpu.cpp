@@ -113,11 +113,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& dout, const Tenso
                                                  const Tensor& out, const Tensor& lse,
                                                  std::optional<Tensor> key_lengths, std::optional<Tensor> key_mask,
                                                  bool causal, double scale) {
-  const AttentionShape shape = check_attention(q, k, v, key_lengths, key_mask);
-  for (const auto& [name, t] : {std::pair<const char*, const Tensor&>{"dout", dout}, {"out", out}}) {
-    check_shape("attention", name, t, "[B*G, S, N, H]", {q.size(0), q.size(1), q.size(2), q.size(3)});
-    check_dtype("attention", name, t, q.scalar_type());
-  }
+  const AttentionShape shape = check_attention_bwd(dout, q, k, v, out, key_lengths, key_mask);
   if (!has_kernel(q) || q.numel() == 0 || k.numel() == 0)
     return call<std::tuple<Tensor, Tensor, Tensor>>("mplug2::attention_bwd_reference", "", dout, q, k, v, out, lse,
                                                     key_lengths, key_mask, causal, scale);

@@ -23,12 +23,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& dout, const Tenso
                                                  const Tensor& out, const Tensor& lse,
                                                  std::optional<Tensor> key_lengths, std::optional<Tensor> key_mask,
                                                  bool causal, double scale) {
-  const AttentionShape shape = check_attention(q, k, v, key_lengths, key_mask);
-  for (const auto& [name, t] : {std::pair<const char*, const Tensor&>{"dout", dout}, {"out", out}}) {
-    check_shape("attention", name, t, "[B*G, S, N, H]", {q.size(0), q.size(1), q.size(2), q.size(3)});
-    check_dtype("attention", name, t, q.scalar_type());
-    check_device("attention", name, t, q);
-  }
+  const AttentionShape shape = check_attention_bwd(dout, q, k, v, out, key_lengths, key_mask);
   const Device device(q);
   const attention::Call call{shape, q, k, v, key_lengths, key_mask, causal, scale};
   if (call.is_for_kernels() && lse.numel() > 0) {  // none, where the forward pass knew that no kernel would serve

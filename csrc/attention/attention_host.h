@@ -1,6 +1,7 @@
 // What attention asks of its arguments.
 #pragma once
 #include <optional>
+#include <utility>
 
 #include "attention/attention.h"
 #include "core/check.h"
@@ -35,6 +36,19 @@ inline AttentionShape check_attention(const Tensor& q, const Tensor& k, const Te
     check_device(op, "key_mask", *key_mask, q);
   }
   return {batch, batch == 0 ? 1 : q.size(0) / batch, q.size(1), k.size(1), q.size(2), q.size(3)};
+}
+
+// Of the backward pass, beside those.
+inline AttentionShape check_attention_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
+                                          const Tensor& out, const std::optional<Tensor>& key_lengths,
+                                          const std::optional<Tensor>& key_mask) {
+  const AttentionShape shape = check_attention(q, k, v, key_lengths, key_mask);
+  for (const auto& [name, t] : {std::pair<const char*, const Tensor&>{"dout", dout}, {"out", out}}) {
+    check_shape("attention", name, t, "[B*G, S, N, H]", {q.size(0), q.size(1), q.size(2), q.size(3)});
+    check_dtype("attention", name, t, q.scalar_type());
+    check_device("attention", name, t, q);
+  }
+  return shape;
 }
 
 }  // namespace mplug2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from mplug2.config import DecoderConfig, TextConfig
@@ -48,9 +49,21 @@ class Decoder(nn.Module):
         return Context([layer.cross_attention.project(tokens) for layer in self.layers], mask)
 
     def forward(
-        self, ids: Tensor, context: Context, *, mask: Tensor | None = None, causal: bool = True, cache=None
+        self,
+        ids: Tensor,
+        context: Context,
+        *,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        causal: bool = True,
+        cache=None,
     ) -> Tensor:
-        x = self.embeddings(ids, start=0 if cache is None else cache.length)
+        """positions: of the ids, any shape that broadcasts to theirs; default: behind what the cache holds."""
+        if cache is not None and positions is None:
+            end = cache.length + ids.shape[1]
+            self.embeddings.check_length(end)
+            positions = torch.arange(cache.length, end, device=ids.device)
+        x = self.embeddings(ids, positions=positions)
         # Behind cached tokens a single new one sees every key: no mask is needed.
         causal = causal and ids.shape[1] > 1
         for i, layer in enumerate(self.layers):

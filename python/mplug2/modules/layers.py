@@ -136,9 +136,15 @@ class Embeddings(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=1e-12)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, ids: Tensor, *, token_types: Tensor | None = None, start: int = 0) -> Tensor:
-        length = start + ids.shape[1]
+    def forward(self, ids: Tensor, *, token_types: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        """positions: of the ids, any shape that broadcasts to theirs; default 0, 1, 2, ... in each row."""
+        if positions is None:
+            self.check_length(ids.shape[1])
+        position = self.position.weight[: ids.shape[1]] if positions is None else self.position(positions)
+        types = self.token_type.weight[0] if token_types is None else self.token_type(token_types)
+        return self.dropout(self.norm(self.word(ids) + position + types))
+
+    def check_length(self, length: int) -> None:
+        """A ValueError where a text of so many word pieces is longer than the position table."""
         if length > self.position.num_embeddings:
             raise ValueError(f"text has {length} word pieces, the position table {self.position.num_embeddings}")
-        types = self.token_type.weight[0] if token_types is None else self.token_type(token_types)
-        return self.dropout(self.norm(self.word(ids) + self.position.weight[start:length] + types))

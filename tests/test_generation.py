@@ -102,7 +102,7 @@ def test_one_beam_is_greedy(decoder, context):
 
 
 def test_nothing_to_do(decoder, context):
-    assert beam_search(decoder, context.select(torch.tensor([], dtype=torch.int64))) == []
+    assert beam_search(decoder, context.select(torch.tensor([], dtype=torch.int64)), max_length=8) == []
 
 
 def test_sampling_is_repeatable_and_its_cuts_hold(decoder, context):

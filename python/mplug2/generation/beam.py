@@ -5,137 +5,132 @@ A hypothesis of t new tokens scores sum(log p) / ((5 + t) / 6)^0.6 (Wu et al. 20
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from mplug2.generation.cache import new_cache, step
+from mplug2.generation.engine import decode
+from mplug2.generation.search import Hypothesis, Search
 from mplug2.modules.decoder import Context, Decoder
 
-
-@dataclass(frozen=True)
-class Hypothesis:
-    """Generated ids, start token (or prefix) and, where reached, end token included; and their score."""
-
-    ids: list[int]
-    score: float
+DECODINGS = ("released", "standard")
 
 
-def length_penalty(num_new: int) -> float:
+def length_penalty(num_new: Tensor | int) -> Tensor | float:
     return ((5 + num_new) / 6) ** 0.6
 
 
-def check_lengths(name: str, min_length: int, max_length: int) -> None:
-    if not 0 <= min_length <= max_length or max_length < 1:
-        raise ValueError(f"{name}: need 0 <= min_length <= max_length >= 1, got {min_length} and {max_length}")
+class BeamSearch(Search):
+    """Beams of every item and the best `beam_size` hypotheses that ended so far.
+
+    Args:
+        num_return: at most beam_size are found.
+        decoding: "released" keeps the rules of the reference: hypotheses that ended stay in the beam and go on, an item
+            stops when its best beam ends, and then all its beams are stored, ended or not. "standard": ended hypotheses
+            leave the beam; an item stops when its worst kept hypothesis beats every running beam.
+        options: see `Search`.
+    """
+
+    def __init__(
+        self, decoder: Decoder, *, beam_size: int = 5, num_return: int = 1, decoding: str = "released", **options
+    ):
+        if decoding not in DECODINGS:
+            raise ValueError(f"BeamSearch: decoding must be one of {', '.join(DECODINGS)}, got {decoding!r}")
+        if beam_size < 1 or num_return < 1:
+            raise ValueError(f"BeamSearch: beam_size and num_return must be at least 1, got {beam_size}, {num_return}")
+        super().__init__(decoder, width=beam_size, **options)
+        self.num_return = min(num_return, beam_size)
+        self.drops_ended = decoding == "standard"
+        # At most beam_size of twice as many end, so that as many go on.
+        self.num_candidates = 2 * beam_size if self.drops_ended else beam_size
+
+    def allocate(self, num_slots: int, device: torch.device, dtype: torch.dtype) -> None:
+        super().allocate(num_slots, device, dtype)
+        self.running = self._new(num_slots, self.width)  # summed log p of each beam
+        self.found_score = self._new(num_slots, self.width)  # best first, -inf where none
+        self.found_length = self._new(num_slots, self.width, dtype=torch.int64)
+        self.found_ids = self._new(num_slots, self.width, self.capacity, dtype=torch.int64)
+
+    def admit(self, slot: int) -> None:
+        super().admit(slot)
+        self.running[slot] = -torch.inf  # all beams are alike at first: only one counts
+        self.running[slot, 0] = 0
+        self.found_score[slot] = -torch.inf
+
+    def advance(self, log_p: Tensor) -> Tensor:
+        n = log_p.shape[0]
+        ids, position, is_open, running = self.ids[:n], self.position[:n], self.is_open[:n], self.running[:n]
+        # Counting the token chosen now; below 1 the prefix gives it, and the end token is held down as by min_length.
+        num_new = position + 2 - self.prefix_length
+        is_given = (num_new < 1)[:, None]
+        penalty = length_penalty(num_new.clamp(min=1).to(log_p.dtype))[:, None]
+        end = log_p[..., self.end_id]
+        end.masked_fill_((num_new <= self.min_length)[:, None], -1e20)
+
+        row_best, row_token = log_p.topk(min(self.num_candidates, log_p.shape[2]), 2)
+        score = ((running[..., None] + row_best) / penalty[..., None]).flatten(1)
+        score, pick = score.topk(self.num_candidates, 1)
+        origin, token = pick // row_best.shape[2], row_token.flatten(1).gather(1, pick)
+        candidates = _continue(ids, origin, token, position)
+        ended = token == self.end_id
+        is_last = num_new >= self.max_length
+        self._store(candidates, score, ended, is_last)
+
+        if self.drops_ended:  # candidates that go on, best first; an ended one fills a place that no other can take
+            score, order = score.masked_fill(ended, -torch.inf).topk(self.width, 1)
+            origin, candidates = origin.gather(1, order), candidates.gather(1, _wide(order, self.capacity))
+        torch.where(is_given[..., None], ids, candidates, out=ids)
+        torch.where(is_given, running, score * penalty, out=running)
+        position += is_open
+        return torch.where(is_given, torch.arange(self.width, device=origin.device), origin)
+
+    def _store(self, ids: Tensor, score: Tensor, ended: Tensor, is_last: Tensor) -> None:
+        """Keep what a step finished of candidates (n, C), best first; close items that are done."""
+        n = len(score)
+        is_open = self.is_open[:n]
+        found_score, found_length, found_ids = self.found_score[:n], self.found_length[:n], self.found_ids[:n]
+        stops = is_last if self.drops_ended else is_last | ended[:, 0]
+        is_done = (ended | stops[:, None]) & is_open[:, None]
+        length = (self.position[:n] + 2)[:, None].expand_as(score)
+        # Stable: of equal scores the one found first, as in one list sorted at the end.
+        scores = torch.cat([found_score, score.masked_fill(~is_done, -torch.inf)], 1)
+        scores, order = scores.sort(dim=1, descending=True, stable=True)
+        order = order[:, : self.width]
+        found_score.copy_(scores[:, : self.width])
+        found_length.copy_(torch.cat([found_length, length], 1).gather(1, order))
+        found_ids.copy_(torch.cat([found_ids, ids], 1).gather(1, _wide(order, self.capacity)))
+        if self.drops_ended:
+            best_running = score.masked_fill(ended, -torch.inf).amax(1)
+            stops = stops | (found_score[:, -1] >= best_running) & (found_score[:, -1] > -torch.inf)
+        is_open &= ~stops
+
+    def result(self, slot: int) -> list[Hypothesis]:
+        scores = self.found_score[slot, : self.num_return].tolist()
+        rows = zip(self.found_ids[slot].tolist(), self.found_length[slot].tolist(), scores, strict=False)
+        return [Hypothesis(ids[:length], score) for ids, length, score in rows if score > -torch.inf]
 
 
-@torch.no_grad()
 def beam_search(
-    decoder: Decoder,
-    context: Context,
-    *,
-    beam_size: int = 5,
-    min_length: int = 1,
-    max_length: int = 20,
-    num_return: int = 1,
-    prefix: Tensor | None = None,
-    decoding: str = "released",
+    decoder: Decoder, context: Context, *, min_length: int = 1, max_length: int = 20, **options
 ) -> list[list[Hypothesis]]:
     """The best `num_return` hypotheses of every item of `context`, best first.
 
     Args:
         min_length: the end token is not chosen among the first min_length new tokens.
         max_length: new tokens at most, end token included.
-        num_return: at most beam_size are found.
-        prefix: ids (B, P) to continue; default the start token alone. Lengths and scores count new tokens only.
-        decoding: "released" keeps the rules of the reference: hypotheses that ended stay in the beam and go on, an item
-            stops when its best beam ends, and then all its beams are stored, ended or not. "standard": ended hypotheses
-            leave the beam; an item stops when its worst kept hypothesis beats every running beam.
+        options: beam_size=5, num_return=1, decoding="released" or "standard": see `BeamSearch`; prefix: ids (B, P) to
+            continue, default the start token alone. Lengths and scores count new tokens only.
     """
-    if decoding not in _STORES:
-        raise ValueError(f"beam_search: decoding must be one of {', '.join(_STORES)}, got {decoding!r}")
-    if beam_size < 1 or num_return < 1:
-        raise ValueError(f"beam_search: beam_size and num_return must be at least 1, got {beam_size}, {num_return}")
-    check_lengths("beam_search", min_length, max_length)
-    items, device = len(context), context.layers[0][0].device
-    if items == 0:
-        return []
-    if prefix is None:
-        prefix = torch.full((items, 1), decoder.start_id, device=device)
-    store = _STORES[decoding](items, beam_size)
-    cache = new_cache(decoder, prefix.shape[1] + max_length)
-    ids, running = prefix[:, None], torch.zeros(items, 1, device=device)  # (B, beams, t), summed log p (B, beams)
-    for s in range(max_length):
-        new = ids if s == 0 else ids[:, :, -1:]
-        log_p = step(decoder, new.flatten(0, 1), context, cache).unflatten(0, (items, -1))
-        if s < min_length:
-            log_p[..., decoder.end_id] = -1e20
-        score = (running[..., None] + log_p).flatten(1) / length_penalty(s + 1)
-        score, pick = score.topk(min(store.num_candidates, score.shape[1]), 1)
-        origin, token = pick // log_p.shape[2], pick % log_p.shape[2]
-        ids = torch.cat([_take(ids, origin), token[..., None]], 2)
-        ended = token == decoder.end_id
-        store.update(ids.tolist(), score.tolist(), ended.tolist(), is_last=s + 1 == max_length)
-        if not store.open:
-            break
-        if store.drops_ended:  # candidates that go on, best first; an ended one fills a place that no other can take
-            score, order = score.masked_fill(ended, -torch.inf).topk(min(beam_size, score.shape[1]), 1)
-            ids, origin = _take(ids, order), _take(origin, order)
-        running = score * length_penalty(s + 1)
-        cache.reorder((origin + torch.arange(items, device=device)[:, None] * log_p.shape[1]).flatten())
-    return [sorted(found, key=lambda h: -h.score)[: min(beam_size, num_return)] for found in store.found]
+    search = BeamSearch(decoder, min_length=min_length, max_length=max_length, **options)
+    return decode(decoder, context, search)
 
 
-class _Released:
-    """Finished hypotheses under the reference's rules."""
-
-    drops_ended = False
-
-    def __init__(self, items: int, beam_size: int):
-        self.num_candidates = beam_size
-        self.found: list[list[Hypothesis]] = [[] for _ in range(items)]
-        self.open = set(range(items))
-
-    def update(self, ids: list, scores: list, ended: list, *, is_last: bool) -> None:
-        """Store what one step finished: candidates (B, n) best first, whether each ended; close items that are done."""
-        for item in sorted(self.open):
-            stops = is_last or ended[item][0]
-            for row, score, end in zip(ids[item], scores[item], ended[item], strict=True):
-                if end or stops:
-                    self.found[item].append(Hypothesis(row, score))
-            if stops:
-                self.open.remove(item)
+def _wide(index: Tensor, size: int) -> Tensor:
+    """index (n, C) for a gather from (n, ..., size)."""
+    return index[..., None].expand(-1, -1, size)
 
 
-class _Standard:
-    """Finished hypotheses under the conventional rules: the beam_size best of each item."""
-
-    drops_ended = True
-
-    def __init__(self, items: int, beam_size: int):
-        self.num_candidates = 2 * beam_size  # at most beam_size of them end, so that as many go on
-        self.beam_size = beam_size
-        self.found: list[list[Hypothesis]] = [[] for _ in range(items)]
-        self.open = set(range(items))
-
-    def update(self, ids: list, scores: list, ended: list, *, is_last: bool) -> None:
-        for item in sorted(self.open):
-            candidates = [c for c in zip(ids[item], scores[item], ended[item], strict=True) if math.isfinite(c[1])]
-            running = [c for c in candidates if not c[2]]
-            done = candidates if is_last else [c for c in candidates if c[2]]
-            found = self.found[item] + [Hypothesis(row, score) for row, score, _ in done]
-            self.found[item] = found = sorted(found, key=lambda h: -h.score)[: self.beam_size]
-            best_running = running[0][1] if running else -math.inf
-            if is_last or (len(found) == self.beam_size and found[-1].score >= best_running):
-                self.open.remove(item)
-
-
-_STORES = {"released": _Released, "standard": _Standard}
-
-
-def _take(x: Tensor, beams: Tensor) -> Tensor:
-    """x (B, beams, ...) at beams (B, n) -> (B, n, ...)."""
-    return x[torch.arange(x.shape[0], device=x.device)[:, None], beams]
+def _continue(ids: Tensor, origin: Tensor, token: Tensor, position: Tensor) -> Tensor:
+    """ids (n, K, S) of the beams origin (n, C), with token behind `position`."""
+    made = ids.gather(1, _wide(origin, ids.shape[2]))
+    at = (position + 1).clamp(max=ids.shape[2] - 1)[:, None, None].expand(-1, origin.shape[1], 1)
+    return made.scatter_(2, at, token[..., None])

@@ -1,4 +1,4 @@
-"""Self-attention cache of a decoder: keys and values of the tokens so far, preallocated, reordered as beams move."""
+"""Self-attention cache of a decoder: keys and values of the tokens so far, preallocated, each row of its own length."""
 
 from __future__ import annotations
 
@@ -7,50 +7,54 @@ from torch import Tensor
 
 
 class LayerCache:
-    """Keys and values of one layer, (R, capacity, N, H) each, of which `length` tokens are filled."""
+    """Keys and values of one layer, (rows, capacity, N, H) each."""
 
-    def __init__(self, capacity: int):
-        self.capacity = capacity
-        self.length = 0
+    def __init__(self, num_rows: int, capacity: int):
+        self.num_rows, self.capacity = num_rows, capacity
         self.keys = self.values = None
+        self.lengths: Tensor | None = None
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (R, S, N, H) behind what is there; the whole filled part comes back as views."""
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Store k, v (R, 1, N, H) behind what the first R rows hold; their keys, values and numbers of keys (R,)."""
         if self.keys is None:
-            shape = (k.shape[0], self.capacity, *k.shape[2:])
-            self.keys, self.values = k.new_empty(shape), v.new_empty(shape)
-        end = self.length + k.shape[1]
-        self.keys[:, self.length : end] = k
-        self.values[:, self.length : end] = v
-        self.length = end
-        return self.keys[:, :end], self.values[:, :end]
-
-    def reorder(self, rows: Tensor) -> None:
-        self.keys, self.values = self.keys[rows], self.values[rows]
+            shape = (self.num_rows, self.capacity, *k.shape[2:])
+            self.keys, self.values = k.new_zeros(shape), v.new_zeros(shape)
+        keys, values = self.keys[: len(k)], self.values[: len(k)]
+        at = self.lengths[:, None, None, None].expand_as(k)
+        keys.scatter_(1, at, k)
+        values.scatter_(1, at, v)
+        return keys, values, self.lengths + 1
 
 
 class Cache:
-    """The caches of all layers of one decoder, for at most `capacity` tokens."""
+    """The caches of all layers of one decoder, for at most `capacity` tokens a row."""
 
-    def __init__(self, num_layers: int, capacity: int):
-        self.layers = [LayerCache(capacity) for _ in range(num_layers)]
+    def __init__(self, decoder, num_rows: int, capacity: int):
+        self.layers = [LayerCache(num_rows, capacity) for _ in decoder.layers]
 
     @property
-    def length(self) -> int:
-        return self.layers[0].length
+    def lengths(self) -> Tensor:
+        """(R,): tokens that the first R rows hold."""
+        return self.layers[0].lengths
 
-    def reorder(self, rows: Tensor) -> None:
-        """Row i becomes what row rows[i] was; the number of rows may change."""
+    @lengths.setter
+    def lengths(self, lengths: Tensor) -> None:
         for layer in self.layers:
-            layer.reorder(rows)
+            layer.lengths = lengths
+
+    def reorder(self, rows: Tensor, num_tokens: int) -> None:
+        """Of the first R rows, row i becomes what row rows[i] was; num_tokens: what the longest of them holds."""
+        for layer in self.layers:
+            for filled in (layer.keys[: len(rows), :num_tokens], layer.values[: len(rows), :num_tokens]):
+                filled.copy_(filled[rows])
+
+    def move(self, source: slice, target: slice) -> None:
+        """Some rows, copied over others."""
+        for layer in self.layers:
+            for stored in (layer.keys, layer.values):
+                stored[target] = stored[source]
 
 
-def new_cache(decoder, capacity: int) -> Cache:
-    """An empty cache for `decoder`; capacity is cut to the decoder's position table."""
-    return Cache(len(decoder.layers), min(capacity, decoder.embeddings.position.num_embeddings))
-
-
-def step(decoder, ids: Tensor, context, cache: Cache) -> Tensor:
-    """Log-probabilities (R, V) of the token after ids (R, S), which follow what the cache holds; at least float32."""
-    logits = decoder.logits(decoder(ids, context, cache=cache)[:, -1])
+def log_probs(logits: Tensor) -> Tensor:
+    """log softmax over the last dimension, at least in float32."""
     return torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mplug2.generation.cache import new_cache, step
+from mplug2.generation.cache import log_probs
 from mplug2.modules.decoder import Context, Decoder
 
 _ROWS = 256  # candidates of all items that are run through the decoder at once
@@ -29,7 +29,7 @@ def rank_answers(
         raise ValueError(f"rank_answers: num_return must be in 1..{answers.shape[0]}, got {num_return}")
     items = len(context)
     start = answers[:1, :1].expand(items, 1)
-    first = step(decoder, start, context, new_cache(decoder, 1))[:, answers[:, 1]]  # (B, A)
+    first = log_probs(decoder.logits(decoder(start, context)[:, -1]))[:, answers[:, 1]]  # (B, A)
     first, shortlist = (x[:, :num_return] for x in first.sort(dim=1, descending=True, stable=True))
     scores = []
     for chosen in shortlist.split(max(1, _ROWS // max(1, items)), 1):

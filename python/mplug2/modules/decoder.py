@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,8 @@ from mplug2.modules.layers import Embeddings, KeyValue, TransformerLayer
 
 @dataclass(frozen=True)
 class Context:
-    """What the decoder attends to, projected once: keys and values of every layer and their mask (B, K)."""
+    """What the decoder attends to, projected once: keys and values of every layer (or, absorbed, the tokens alone) and
+    their mask (B, K)."""
 
     layers: list[KeyValue]
     mask: Tensor | None = None
@@ -23,10 +25,23 @@ class Context:
         """Number of items B."""
         return self.layers[0][0].shape[0]
 
+    @property
+    def device(self) -> torch.device:
+        return self.layers[0][0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.layers[0][0].dtype
+
     def select(self, items: Tensor) -> Context:
         """The context of some items, one row per index; copies."""
-        layers = [(k[items], v[items]) for k, v in self.layers]
+        layers = [tuple(t[items] for t in layer) for layer in self.layers]
         return Context(layers, None if self.mask is None else self.mask[items])
+
+    def addresses(self) -> tuple:
+        """Where it lies: equal for contexts that are views of the same memory and of the same shape."""
+        tensors = [t for layer in self.layers for t in layer] + ([] if self.mask is None else [self.mask])
+        return tuple((t.data_ptr(), tuple(t.shape)) for t in tensors)
 
 
 class Decoder(nn.Module):
@@ -44,9 +59,18 @@ class Decoder(nn.Module):
         )
         self.head = LmHead(text)
 
-    def project(self, tokens: Tensor, mask: Tensor | None = None) -> Context:
-        """Keys and values of all layers for context tokens (B, K, D)."""
-        return Context([layer.cross_attention.project(tokens) for layer in self.layers], mask)
+    def project(self, tokens: Tensor, mask: Tensor | None = None, *, absorb: bool = False) -> Context:
+        """Keys and values of all layers for context tokens (B, K, D).
+
+        absorb: keep the tokens instead, over which every head attends through its rows of the weights: keys and values
+        are never made (`ops.fusion`), for more work a step.
+        """
+        return Context(list(self.project_layers(tokens, absorb=absorb)), mask)
+
+    def project_layers(self, tokens: Tensor, *, absorb: bool = False) -> Iterator[KeyValue]:
+        """The same, one layer after the other."""
+        for layer in self.layers:
+            yield (tokens,) if absorb else layer.cross_attention.project(tokens)
 
     def forward(
         self,
@@ -58,14 +82,12 @@ class Decoder(nn.Module):
         causal: bool = True,
         cache=None,
     ) -> Tensor:
-        """positions: of the ids, any shape that broadcasts to theirs; default: behind what the cache holds."""
-        if cache is not None and positions is None:
-            end = cache.length + ids.shape[1]
-            self.embeddings.check_length(end)
-            positions = torch.arange(cache.length, end, device=ids.device)
+        """positions: of the ids, any shape that broadcasts to theirs; default 0, 1, 2, ... in each row. A cache
+        (`generation.Cache`) takes one id a row, whose position is behind what the row holds."""
+        if cache is not None:
+            positions = cache.lengths[:, None]
         x = self.embeddings(ids, positions=positions)
-        # Behind cached tokens a single new one sees every key: no mask is needed.
-        causal = causal and ids.shape[1] > 1
+        causal = causal and ids.shape[1] > 1  # a single new token sees every key
         for i, layer in enumerate(self.layers):
             x = layer(
                 x,

@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from mplug2 import ops
 
-KeyValue = tuple[Tensor, Tensor]  # keys and values, each (B, K, N, H)
+# Keys and values, each (B, K, N, H); or, absorbed, the tokens (B, K, D) alone.
+KeyValue = tuple[Tensor, Tensor] | tuple[Tensor]
 
 
 class Block(nn.Module):
@@ -56,9 +57,11 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, *, key_mask: Tensor | None = None, causal: bool = False, cache=None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        key_lengths = None
         if cache is not None:
-            k, v = cache.append(k, v)
-        return self.out(ops.attention(q, k, v, key_mask=key_mask, causal=causal).flatten(2))
+            k, v, key_lengths = cache.append(k, v)
+        y = ops.attention(q, k, v, key_lengths=key_lengths, key_mask=key_mask, causal=causal)
+        return self.out(y.flatten(2))
 
 
 class CrossAttention(nn.Module):
@@ -77,7 +80,13 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, context: KeyValue, *, key_mask: Tensor | None = None) -> Tensor:
         q = self.query(x).unflatten(-1, (self.num_heads, -1))
-        return self.out(ops.attention(q, *context, key_mask=key_mask).flatten(2))
+        if len(context) == 1:
+            key_weight, value_weight = self.key_value.weight.chunk(2)
+            value_bias = self.key_value.bias.chunk(2)[1]
+            y = ops.fusion(q, *context, key_weight, value_weight, value_bias, key_mask=key_mask)
+        else:
+            y = ops.attention(q, *context, key_mask=key_mask)
+        return self.out(y.flatten(2))
 
 
 class Mlp(nn.Module):

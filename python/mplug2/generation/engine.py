@@ -1,0 +1,182 @@
+"""The running batch of a decoder: items enter free slots, are decoded side by side, and leave as they finish.
+
+A context's keys and values are projected once, into the item's slot, and shared by its beams or samples. What a step
+does is all on the device (`Search`); the host looks only every few steps which items are done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from mplug2.generation.cache import Cache, log_probs
+from mplug2.generation.search import Hypothesis, Search
+from mplug2.modules.decoder import Context, Decoder
+
+_STEPS_PER_LOOK = 4  # on a GPU, where a look at what is done waits for all steps before it
+
+
+@torch.no_grad()
+def decode(decoder: Decoder, context: Context, search: Search) -> list[list[Hypothesis]]:
+    """What `search` finds for every item of a context, all decoded at once."""
+    num_items = len(context)
+    if num_items == 0:
+        return []
+    batch = _RunningBatch(decoder, search, num_items, context)
+    for slot in range(num_items):
+        batch.admit(slot)
+    while any(batch.look(context)):
+        pass
+    return [search.result(slot) for slot in range(num_items)]
+
+
+@torch.no_grad()
+def decode_stream(
+    decoder: Decoder,
+    items: Iterable[tuple[Tensor, Tensor | None]],
+    search: Search,
+    *,
+    num_slots: int = 8,
+    absorb: bool = False,
+    cuda_graph: bool = False,
+) -> Iterator[tuple[int, list[Hypothesis]]]:
+    """(number of an item, what `search` finds for it), as the items finish, whatever their order.
+
+    Args:
+        items: context tokens (K, D) and their mask (K,) bool or None, of equal or unequal K; taken from the iterator
+            only when a slot is free.
+        num_slots: items decoded side by side.
+        absorb: see `Decoder.project`: a fraction 1 / (2 * layers) of the memory of keys and values.
+        cuda_graph: steps of one shape, closed slots included, captured where there is a GPU; not yet run on one.
+    """
+    waiting = enumerate(items)
+    slots, occupied, batch = _ContextSlots(decoder, num_slots, absorb=absorb), {}, None
+    while True:
+        for slot in range(num_slots):
+            if slot not in occupied and (entry := next(waiting, None)) is not None:
+                occupied[slot], (tokens, mask) = entry
+                slots.put(slot, tokens, mask)
+                if batch is None:
+                    batch = _RunningBatch(decoder, search, num_slots, slots.first(1), cuda_graph=cuda_graph)
+                batch.admit(slot)
+        if not occupied:
+            return
+        if not batch.is_fixed:  # closed slots would cost their share of every step
+            for slot in range(len(occupied)):
+                if slot not in occupied:
+                    last = max(occupied)
+                    slots.move(last, slot)
+                    batch.move(last, slot)
+                    occupied[slot] = occupied.pop(last)
+        is_open = batch.look(slots.first(num_slots if batch.is_fixed else len(occupied)))
+        for slot in [slot for slot in occupied if not is_open[slot]]:
+            yield occupied.pop(slot), search.result(slot)
+
+
+class _RunningBatch:
+    """The state of `num_slots` items: the search's and the cache's."""
+
+    def __init__(self, decoder: Decoder, search: Search, num_slots: int, context: Context, *, cuda_graph: bool = False):
+        self.decoder, self.search = decoder, search
+        search.allocate(num_slots, context.device, torch.promote_types(context.dtype, torch.float32))
+        self.cache = Cache(decoder, num_slots * search.width, search.capacity)
+        self.ages = [0] * num_slots  # steps since an item came
+        self.is_fixed = cuda_graph
+        has_gpu = context.device.type == "cuda"
+        self._steps_per_look = _STEPS_PER_LOOK if has_gpu else 1
+        self._captures, self._graph, self._captured = cuda_graph and has_gpu, None, None
+
+    def admit(self, slot: int) -> None:
+        self.search.admit(slot)
+        self.ages[slot] = 0
+
+    def move(self, source: int, target: int) -> None:
+        self.search.move(source, target)
+        width = self.search.width
+        self.cache.move(slice(source * width, (source + 1) * width), slice(target * width, (target + 1) * width))
+        self.ages[target] = self.ages[source]
+
+    def look(self, context: Context) -> list[bool]:
+        """Some steps for the first slots, those of `context`; then whether each goes on."""
+        for _ in range(self._steps_per_look):
+            self.ages = [age + 1 for age in self.ages]
+            if self._captures and self._captured is not None:
+                self._replay(context)
+            else:
+                self._step(context, min(max(self.ages[: len(context)]), self.search.capacity))
+                self._captured = ()  # what is made on first use is there now
+        return self.search.is_open[: len(context)].tolist()
+
+    def _step(self, context: Context, num_tokens: int) -> None:
+        search, num_items = self.search, len(context)
+        ids = search.next_ids(num_items).flatten()
+        self.cache.lengths = search.position[:num_items].repeat_interleave(search.width)
+        states = self.decoder(ids[:, None], context, cache=self.cache)
+        log_p = log_probs(self.decoder.logits(states[:, 0]))
+        origin = search.advance(log_p.unflatten(0, (num_items, -1)))
+        if origin is not None:
+            first = torch.arange(0, len(ids), search.width, device=ids.device)[:, None]
+            self.cache.reorder((first + origin).flatten(), num_tokens)
+
+    def _replay(self, context: Context) -> None:
+        """A step as a CUDA graph, captured again whenever the context lies elsewhere."""
+        where = context.addresses()
+        if where != self._captured:
+            self._graph, self._captured = torch.cuda.CUDAGraph(), where
+            with torch.cuda.graph(self._graph):
+                self._step(context, self.search.capacity)
+        self._graph.replay()
+
+
+class _ContextSlots:
+    """Room for the contexts of `num_slots` items, of as many tokens as the longest so far."""
+
+    def __init__(self, decoder: Decoder, num_slots: int, *, absorb: bool):
+        self.decoder, self.num_slots, self.absorb = decoder, num_slots, absorb
+        self.capacity = 0
+        self.layers: list[tuple[Tensor, ...]] = []
+        self.mask: Tensor | None = None  # (slots, capacity); None as long as all items fill their slots
+
+    def put(self, slot: int, tokens: Tensor, mask: Tensor | None) -> None:
+        """Project an item's tokens (K, D), with mask (K,), into a slot."""
+        length, unequal = len(tokens), self.capacity not in (0, len(tokens))
+        if (mask is not None or unequal) and self.mask is None:
+            self.mask = torch.ones(self.num_slots, self.capacity, dtype=torch.bool, device=tokens.device)
+        grown = length > self.capacity
+        for i, made in enumerate(self.decoder.project_layers(tokens[None], absorb=self.absorb)):
+            if grown:
+                self._grow(i, made, length)
+            for stored, new in zip(self.layers[i], made, strict=True):
+                stored[slot, :length] = new[0]
+                stored[slot, length:] = 0  # masked, but memory there may hold NaN
+        if grown:
+            if self.mask is not None:
+                self.mask = torch.nn.functional.pad(self.mask, (0, length - self.capacity))
+            self.capacity = length
+        if self.mask is not None:
+            self.mask[slot, :length] = True if mask is None else mask
+            self.mask[slot, length:] = False
+
+    def _grow(self, layer: int, made: tuple[Tensor, ...], capacity: int) -> None:
+        larger = tuple(t.new_empty(self.num_slots, capacity, *t.shape[2:]) for t in made)
+        if layer == len(self.layers):
+            self.layers.append(larger)
+            return
+        for new, old in zip(larger, self.layers[layer], strict=True):
+            new[:, : self.capacity] = old
+            new[:, self.capacity :] = 0
+        self.layers[layer] = larger
+
+    def move(self, source: int, target: int) -> None:
+        stored = [t for layer in self.layers for t in layer]
+        for t in stored if self.mask is None else [*stored, self.mask]:
+            t[target] = t[source]
+
+    def first(self, num_slots: int) -> Context:
+        """The contexts of the first slots."""
+        return Context(
+            [tuple(t[:num_slots] for t in layer) for layer in self.layers],
+            None if self.mask is None else self.mask[:num_slots],
+        )

@@ -153,6 +153,22 @@ class Parts(nn.Module):
     ) -> Context:
         """What the decoder reads for these inputs: the keys and values of every layer, projected once.
 
+        Args: see `context_tokens`.
+        """
+        tokens, mask = self.context_tokens(video=video, visual=visual, text=text, text_mask=text_mask, task=task)
+        return self.decoder.project(tokens, mask)
+
+    def context_tokens(
+        self,
+        *,
+        video: Tensor | None = None,
+        visual: Tensor | None = None,
+        text: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        task: str | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The tokens (B, K, D) that the decoder attends to, and their mask (B, K) or None.
+
         Args:
             visual: tokens that `encode_vision` made, instead of video.
             text, text_mask: ids (B, S) and their mask (default: ids != 0).
@@ -165,7 +181,7 @@ class Parts(nn.Module):
             visual = self.encode_vision(video)
         mask = _text_mask(text, text_mask)
         states = None if text is None else self.encode_text(text, mask)
-        return self.decoder.project(*self.fuse(visual, states, mask))
+        return self.fuse(visual, states, mask)
 
     def forward(
         self,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from mplug2.composition import Output, Parts
 from mplug2.data.text import END, Tokenizer, clean_generated, pre_question
-from mplug2.generation import beam_search, rank_answers
+from mplug2.generation import BeamSearch, decode_stream, rank_answers
 
 TASKS = ("video-qa", "visual-qa")
 
@@ -43,13 +44,12 @@ def loss(
     )
 
 
-@torch.no_grad()
-def predict(
+def stream(
     parts: Parts,
     tokenizer: Tokenizer,
-    visual: Tensor,
-    questions: Sequence[str],
+    pairs: Iterable[tuple[Tensor, str]],
     *,
+    batch_size: int = 8,
     answers: Sequence[str] | None = None,
     num_shortlisted: int = 128,
     beam_size: int = 5,
@@ -57,29 +57,78 @@ def predict(
     max_length: int = 10,
     decoding: str = "released",
     keep_after_end: bool = False,
+    absorb: bool = False,
     task: str | None = None,
-) -> list[tuple[str, float]]:
-    """An answer and its score for every question.
+) -> Iterator[tuple[int, tuple[str, float]]]:
+    """(number of a pair, (answer, score)), as the pairs finish, whatever their order.
 
     Args:
-        visual: tokens (B, K, D) of `Parts.encode_vision`, one row per question.
-        questions: cut to 50 words and to the model's positions.
+        pairs: tokens (K, D) of `Parts.encode_vision` and a question about them, taken when there is room. Questions are
+            cut to 50 words and to the model's positions.
+        batch_size: pairs worked on side by side.
         answers: a closed list to choose from; the score is then the probability among those shortlisted. Default: any
             words.
         num_shortlisted: of a closed list, how many answers of likely first piece are compared whole.
         min_length, max_length: generated pieces, the end token included.
         keep_after_end: as the released evaluation, keep words that follow an end token.
+        absorb: never make the keys and values of the context: less memory, more work a step. Not with `answers`.
     """
-    ids, mask = tokenizer([pre_question(q) for q in questions], max_length=parts.config.text.max_positions)
-    context = parts.context(visual=visual, text=ids.to(visual.device), text_mask=mask.to(visual.device), task=task)
+    contexts = _contexts(parts, tokenizer, pairs, batch_size, task)
     if answers is not None:
-        labels = tokenizer([answer + END for answer in answers]).ids.to(visual.device)
-        count = min(num_shortlisted, len(answers))
-        index, probs = rank_answers(parts.decoder, context, labels, num_return=count)
-        return [(answers[i], p) for i, p in zip(index[:, 0].tolist(), probs[:, 0].tolist(), strict=True)]
-    found = beam_search(
-        parts.decoder, context, beam_size=beam_size, min_length=min_length, max_length=max_length, decoding=decoding
+        return _ranked(parts, tokenizer, contexts, answers, num_shortlisted)
+    search = BeamSearch(
+        parts.decoder, beam_size=beam_size, min_length=min_length, max_length=max_length, decoding=decoding
     )
-    return [
-        (clean_generated(tokenizer.decode(best.ids), keep_after_end=keep_after_end), best.score) for best, *_ in found
-    ]
+    items = (row for tokens, mask in contexts for row in zip(tokens, mask, strict=True))
+    stream = decode_stream(parts.decoder, items, search, num_slots=batch_size, absorb=absorb)
+    return (
+        (item, (clean_generated(tokenizer.decode(best.ids), keep_after_end=keep_after_end), best.score))
+        for item, (best, *_) in stream
+    )
+
+
+def predict(
+    parts: Parts, tokenizer: Tokenizer, visual: Tensor, questions: Sequence[str], **options
+) -> list[tuple[str, float]]:
+    """An answer and its score for every row of visual (B, K, D) and its question; options: see `stream`."""
+    pairs = zip(visual, questions, strict=True)
+    found = dict(stream(parts, tokenizer, pairs, batch_size=max(1, len(visual)), **options))
+    return [found[item] for item in range(len(visual))]
+
+
+@torch.no_grad()
+def _contexts(
+    parts: Parts, tokenizer: Tokenizer, pairs: Iterable[tuple[Tensor, str]], batch_size: int, task: str | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Context tokens (B, K, D) and masks (B, K) of up to batch_size pairs; such of one shape share a batch."""
+
+    def encoded(batch: list[tuple[Tensor, str]]) -> tuple[Tensor, Tensor]:
+        visual = torch.stack([v for v, _ in batch])
+        questions = [pre_question(q) for _, q in batch]
+        ids, mask = tokenizer(questions, max_length=parts.config.text.max_positions)
+        return parts.context_tokens(
+            visual=visual, text=ids.to(visual.device), text_mask=mask.to(visual.device), task=task
+        )
+
+    batch: list[tuple[Tensor, str]] = []
+    for visual, question in pairs:
+        if batch and (len(batch) == batch_size or visual.shape != batch[0][0].shape):
+            yield encoded(batch)
+            batch = []
+        batch.append((visual, question))
+    if batch:
+        yield encoded(batch)
+
+
+@torch.no_grad()
+def _ranked(
+    parts: Parts, tokenizer: Tokenizer, contexts: Iterable[tuple[Tensor, Tensor]], answers: Sequence[str], count: int
+) -> Iterator[tuple[int, tuple[str, float]]]:
+    labels = tokenizer([answer + END for answer in answers]).ids
+    numbers = itertools.count()
+    for tokens, mask in contexts:
+        context = parts.decoder.project(tokens, mask)
+        num_return = min(count, len(answers))
+        index, probs = rank_answers(parts.decoder, context, labels.to(tokens.device), num_return=num_return)
+        for best, prob in zip(index[:, 0].tolist(), probs[:, 0].tolist(), strict=True):
+            yield next(numbers), (answers[best], prob)

@@ -122,7 +122,8 @@ class _RunningBatch:
 
     def _replay(self, context: Context) -> None:
         """A step as a CUDA graph, captured again whenever the context lies elsewhere."""
-        where = context.addresses()
+        stored = [*context.layers, *([] if context.mask is None else [context.mask])]
+        where = tuple(t.data_ptr() for t in stored)
         if where != self._captured:
             self._graph, self._captured = torch.cuda.CUDAGraph(), where
             with torch.cuda.graph(self._graph):
@@ -136,47 +137,44 @@ class _ContextSlots:
     def __init__(self, decoder: Decoder, num_slots: int, *, absorb: bool):
         self.decoder, self.num_slots, self.absorb = decoder, num_slots, absorb
         self.capacity = 0
-        self.layers: list[tuple[Tensor, ...]] = []
+        self.layers: list[Tensor] = []  # (slots, capacity, ...) each
         self.mask: Tensor | None = None  # (slots, capacity); None as long as all items fill their slots
 
     def put(self, slot: int, tokens: Tensor, mask: Tensor | None) -> None:
         """Project an item's tokens (K, D), with mask (K,), into a slot."""
-        length, unequal = len(tokens), self.capacity not in (0, len(tokens))
-        if (mask is not None or unequal) and self.mask is None:
-            self.mask = torch.ones(self.num_slots, self.capacity, dtype=torch.bool, device=tokens.device)
-        grown = length > self.capacity
+        length = len(tokens)
+        self._make_room(tokens, is_masked=mask is not None)
         for i, made in enumerate(self.decoder.project_layers(tokens[None], absorb=self.absorb)):
-            if grown:
-                self._grow(i, made, length)
-            for stored, new in zip(self.layers[i], made, strict=True):
-                stored[slot, :length] = new[0]
-                stored[slot, length:] = 0  # masked, but memory there may hold NaN
-        if grown:
-            if self.mask is not None:
-                self.mask = torch.nn.functional.pad(self.mask, (0, length - self.capacity))
-            self.capacity = length
+            if i == len(self.layers):
+                self.layers.append(made.new_empty(self.num_slots, self.capacity, *made.shape[2:]))
+            self.layers[i][slot, :length] = made[0]
+            self.layers[i][slot, length:] = 0  # masked, but memory there may hold NaN
         if self.mask is not None:
             self.mask[slot, :length] = True if mask is None else mask
             self.mask[slot, length:] = False
 
-    def _grow(self, layer: int, made: tuple[Tensor, ...], capacity: int) -> None:
-        larger = tuple(t.new_empty(self.num_slots, capacity, *t.shape[2:]) for t in made)
-        if layer == len(self.layers):
-            self.layers.append(larger)
-            return
-        for new, old in zip(larger, self.layers[layer], strict=True):
-            new[:, : self.capacity] = old
-            new[:, self.capacity :] = 0
-        self.layers[layer] = larger
+    def _make_room(self, tokens: Tensor, *, is_masked: bool) -> None:
+        length, before = len(tokens), self.capacity
+        self.capacity = max(length, before)
+        if self.mask is None and (is_masked or before not in (0, length)):
+            self.mask = torch.ones(self.num_slots, before, dtype=torch.bool, device=tokens.device)
+        if self.mask is not None:
+            self.mask = _lengthened(self.mask, self.capacity)
+        self.layers = [_lengthened(t, self.capacity) for t in self.layers]
 
     def move(self, source: int, target: int) -> None:
-        stored = [t for layer in self.layers for t in layer]
-        for t in stored if self.mask is None else [*stored, self.mask]:
+        for t in self.layers if self.mask is None else [*self.layers, self.mask]:
             t[target] = t[source]
 
     def first(self, num_slots: int) -> Context:
         """The contexts of the first slots."""
-        return Context(
-            [tuple(t[:num_slots] for t in layer) for layer in self.layers],
-            None if self.mask is None else self.mask[:num_slots],
-        )
+        return Context(self.layers, self.mask).select(slice(num_slots))
+
+
+def _lengthened(t: Tensor, length: int) -> Tensor:
+    """t (slots, K, ...) with zeros behind its K tokens up to `length`."""
+    if t.shape[1] == length:
+        return t
+    longer = t.new_zeros(t.shape[0], length, *t.shape[2:])
+    longer[:, : t.shape[1]] = t
+    return longer

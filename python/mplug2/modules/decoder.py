@@ -10,38 +10,32 @@ from torch import Tensor, nn
 
 from mplug2.config import DecoderConfig, TextConfig
 from mplug2.modules.heads import LmHead
-from mplug2.modules.layers import Embeddings, KeyValue, TransformerLayer
+from mplug2.modules.layers import Embeddings, TransformerLayer
 
 
 @dataclass(frozen=True)
 class Context:
-    """What the decoder attends to, projected once: keys and values of every layer (or, absorbed, the tokens alone) and
-    their mask (B, K)."""
+    """What the decoder attends to: for every layer packed keys and values (B, K, 2, N, H), or the tokens (B, K, D) as
+    they are; and their mask (B, K)."""
 
-    layers: list[KeyValue]
+    layers: list[Tensor]
     mask: Tensor | None = None
 
     def __len__(self) -> int:
         """Number of items B."""
-        return self.layers[0][0].shape[0]
+        return len(self.layers[0])
 
     @property
     def device(self) -> torch.device:
-        return self.layers[0][0].device
+        return self.layers[0].device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.layers[0][0].dtype
+        return self.layers[0].dtype
 
-    def select(self, items: Tensor) -> Context:
-        """The context of some items, one row per index; copies."""
-        layers = [tuple(t[items] for t in layer) for layer in self.layers]
-        return Context(layers, None if self.mask is None else self.mask[items])
-
-    def addresses(self) -> tuple:
-        """Where it lies: equal for contexts that are views of the same memory and of the same shape."""
-        tensors = [t for layer in self.layers for t in layer] + ([] if self.mask is None else [self.mask])
-        return tuple((t.data_ptr(), tuple(t.shape)) for t in tensors)
+    def select(self, items: Tensor | slice) -> Context:
+        """The context of some items: a tensor of indices copies, a slice does not."""
+        return Context([t[items] for t in self.layers], None if self.mask is None else self.mask[items])
 
 
 class Decoder(nn.Module):
@@ -67,10 +61,10 @@ class Decoder(nn.Module):
         """
         return Context(list(self.project_layers(tokens, absorb=absorb)), mask)
 
-    def project_layers(self, tokens: Tensor, *, absorb: bool = False) -> Iterator[KeyValue]:
+    def project_layers(self, tokens: Tensor, *, absorb: bool = False) -> Iterator[Tensor]:
         """The same, one layer after the other."""
         for layer in self.layers:
-            yield (tokens,) if absorb else layer.cross_attention.project(tokens)
+            yield tokens if absorb else layer.cross_attention.project(tokens)
 
     def forward(
         self,

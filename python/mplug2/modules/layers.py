@@ -13,9 +13,6 @@ from torch.utils.checkpoint import checkpoint
 
 from mplug2 import ops
 
-# Keys and values, each (B, K, N, H); or, absorbed, the tokens (B, K, D) alone.
-KeyValue = tuple[Tensor, Tensor] | tuple[Tensor]
-
 
 class Block(nn.Module):
     """A block whose activations can be computed again in the backward instead of being kept."""
@@ -65,7 +62,11 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of x (B*G, S, D) over the keys and values of a context (B, K, D): G consecutive rows share one item."""
+    """Attention of x (B*G, S, D) over the context of B items: G consecutive rows share one item.
+
+    The context is packed keys and values (B, K, 2, N, H); or the tokens (B, K, D) themselves, over which each head then
+    attends through its rows of the weights, so that keys and values are never made.
+    """
 
     def __init__(self, width: int, num_heads: int):
         super().__init__()
@@ -74,18 +75,18 @@ class CrossAttention(nn.Module):
         self.key_value = Linear(width, 2 * width)
         self.out = Linear(width, width)
 
-    def project(self, context: Tensor) -> KeyValue:
-        k, v = self.key_value(context).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
-        return k, v
+    def project(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, K, D) -> packed keys and values."""
+        return self.key_value(tokens).unflatten(-1, (2, self.num_heads, -1))
 
-    def forward(self, x: Tensor, context: KeyValue, *, key_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
         q = self.query(x).unflatten(-1, (self.num_heads, -1))
-        if len(context) == 1:
+        if context.dim() == 5:
+            y = ops.attention(q, *context.unbind(2), key_mask=key_mask)
+        else:
             key_weight, value_weight = self.key_value.weight.chunk(2)
             value_bias = self.key_value.bias.chunk(2)[1]
-            y = ops.fusion(q, *context, key_weight, value_weight, value_bias, key_mask=key_mask)
-        else:
-            y = ops.attention(q, *context, key_mask=key_mask)
+            y = ops.fusion(q, context, key_weight, value_weight, value_bias, key_mask=key_mask)
         return self.out(y.flatten(2))
 
 
@@ -122,7 +123,7 @@ class TransformerLayer(Block):
         key_mask: Tensor | None = None,
         causal: bool = False,
         cache=None,
-        context: KeyValue | None = None,
+        context: Tensor | None = None,
         context_mask: Tensor | None = None,
     ) -> Tensor:
         y = self.self_attention(x, key_mask=key_mask, causal=causal, cache=cache)

@@ -146,7 +146,7 @@ class _ContextSlots:
         self._make_room(tokens, is_masked=mask is not None)
         for i, made in enumerate(self.decoder.project_layers(tokens[None], absorb=self.absorb)):
             if i == len(self.layers):
-                self.layers.append(made.new_empty(self.num_slots, self.capacity, *made.shape[2:]))
+                self.layers.append(_storage(made, self.num_slots, self.capacity))
             self.layers[i][slot, :length] = made[0]
             self.layers[i][slot, length:] = 0  # masked, but memory there may hold NaN
         if self.mask is not None:
@@ -171,10 +171,23 @@ class _ContextSlots:
         return Context(self.layers, self.mask).select(slice(num_slots))
 
 
+def _storage(like: Tensor, num_slots: int, capacity: int) -> Tensor:
+    """Room (slots, capacity, ...) for contexts like `like` (1, K, ...); keys and values of a head lie together.
+
+    A step reads all of them: in the order of the projection every token of a head would be in another page (1.9 times
+    slower at 5 beams in bfloat16, 2 cores).
+    """
+    if like.dim() == 3:
+        return like.new_empty(num_slots, capacity, like.shape[2])
+    _, _, pair, heads, head_dim = like.shape
+    return like.new_empty(num_slots, pair, heads, capacity, head_dim).permute(0, 3, 1, 2, 4)
+
+
 def _lengthened(t: Tensor, length: int) -> Tensor:
     """t (slots, K, ...) with zeros behind its K tokens up to `length`."""
     if t.shape[1] == length:
         return t
-    longer = t.new_zeros(t.shape[0], length, *t.shape[2:])
+    longer = t.new_empty(len(t), length) if t.dim() == 2 else _storage(t, len(t), length)
     longer[:, : t.shape[1]] = t
+    longer[:, t.shape[1] :] = 0
     return longer

@@ -33,10 +33,13 @@ struct MaskTensors {
              static_cast<float>(scale)} {}
 };
 
-// f(task, workspace) for every task, in parallel; `floats` of workspace for each thread.
+// f(task, workspace) for every task, in parallel; `floats` of workspace for each thread. Threads take at least as many
+// tasks as are worth waking one: a task reads keys and values for some queries.
 template <class F>
-void parallel_tasks(int64_t tasks, int64_t floats, F f) {
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+void parallel_tasks(const AttentionShape& shape, int64_t tasks, int64_t queries, int64_t floats, F f) {
+  constexpr int64_t kWorthAThread = 150000;                              // multiplications: about 15 us
+  const int64_t work = 1 + shape.keys * shape.head_dim * (queries + 8);  // 8: packing
+  torch::stable::parallel_for(0, tasks, kWorthAThread / work + 1, [&](int64_t begin, int64_t end) {
     Scratch scratch(floats * sizeof(float));
     for (int64_t task = begin; task < end; ++task) f(task, scratch.data<float>());
   });
@@ -51,7 +54,7 @@ std::tuple<Tensor, Tensor> forward(const AttentionShape& shape, const AttentionM
   Tensor lse = return_lse ? torch::stable::empty({rows, shape.heads, shape.queries}, ScalarType::Float)
                           : torch::stable::empty({0}, ScalarType::Float);
   const int64_t parts = (total + kTaskQueries - 1) / kTaskQueries, part = (total + parts - 1) / parts;
-  parallel_tasks(shape.batch * shape.heads * parts, attention_fwd_workspace(part, shape.head_dim),
+  parallel_tasks(shape, shape.batch * shape.heads * parts, part, attention_fwd_workspace(part, shape.head_dim),
                  [&](int64_t task, float* workspace) {
                    const int64_t first = task % parts * part, head = task / parts % shape.heads;
                    if (first >= total) return;
@@ -84,9 +87,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(const AttentionShape& shape, const A
                                             const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
                                             const Tensor& lse) {
   const auto kernels = MPLUG2_KERNELS(attention_kernels<T>());
+  const int64_t total = shape.total_queries();
   Tensor dq = torch::stable::empty(q.sizes(), q.scalar_type());
   Tensor dk = torch::stable::empty(k.sizes(), k.scalar_type()), dv = torch::stable::empty(v.sizes(), v.scalar_type());
-  parallel_tasks(shape.batch * shape.heads, attention_bwd_workspace(shape.total_queries(), shape.head_dim),
+  parallel_tasks(shape, shape.batch * shape.heads, total, attention_bwd_workspace(total, shape.head_dim),
                  [&](int64_t task, float* workspace) {
                    kernels.bwd(shape, mask, view<T>(dout), view<T>(q), view<T>(k), view<T>(v), view<T>(out),
                                data<float>(lse), mutable_data<T>(dq), mutable_data<T>(dk), mutable_data<T>(dv),

@@ -74,10 +74,12 @@ class Decoder(nn.Module):
         positions: Tensor | None = None,
         mask: Tensor | None = None,
         causal: bool = True,
+        visible: Tensor | None = None,
         cache=None,
     ) -> Tensor:
         """positions: of the ids, any shape that broadcasts to theirs; default 0, 1, 2, ... in each row. A cache
-        (`generation.Cache`) takes one id a row, whose position is behind what the row holds."""
+        (`generation.Cache`) takes one id a row, whose position is behind what the row holds. visible: which ids each
+        one sees, see `SelfAttention`."""
         if cache is not None:
             positions = cache.lengths[:, None]
         x = self.embeddings(ids, positions=positions)
@@ -87,6 +89,7 @@ class Decoder(nn.Module):
                 x,
                 key_mask=mask,
                 causal=causal,
+                visible=visible,
                 cache=None if cache is None else cache.layers[i],
                 context=context.layers[i],
                 context_mask=context.mask,

@@ -8,6 +8,7 @@ The context enters as projected keys and values, so that whoever decodes project
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -44,7 +45,8 @@ class AddLayerNorm(nn.LayerNorm):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with one packed projection; x (R, S, D). A cache adds the keys of earlier tokens."""
+    """Multi-head self-attention with one packed projection; x (R, S, D). A cache adds the keys of earlier tokens;
+    `visible` (R or 1, S, S) says which tokens each one sees, instead of all other masks."""
 
     def __init__(self, width: int, num_heads: int):
         super().__init__()
@@ -52,8 +54,20 @@ class SelfAttention(nn.Module):
         self.qkv = Linear(width, 3 * width)
         self.out = Linear(width, width)
 
-    def forward(self, x: Tensor, *, key_mask: Tensor | None = None, causal: bool = False, cache=None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        causal: bool = False,
+        visible: Tensor | None = None,
+        cache=None,
+    ) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        if visible is not None:  # the one attention whose mask has no form: nodes of a trie, a few hundred
+            heads_first = (t.transpose(1, 2) for t in (q, k, v))
+            y = F.scaled_dot_product_attention(*heads_first, attn_mask=visible[:, None]).transpose(1, 2)
+            return self.out(y.flatten(2))
         key_lengths = None
         if cache is not None:
             k, v, key_lengths = cache.append(k, v)
@@ -122,11 +136,12 @@ class TransformerLayer(Block):
         *,
         key_mask: Tensor | None = None,
         causal: bool = False,
+        visible: Tensor | None = None,
         cache=None,
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
     ) -> Tensor:
-        y = self.self_attention(x, key_mask=key_mask, causal=causal, cache=cache)
+        y = self.self_attention(x, key_mask=key_mask, causal=causal, visible=visible, cache=cache)
         x = self.self_norm(self.dropout(y), x)
         if context is not None:
             y = self.cross_attention(x, context, key_mask=context_mask)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mplug2.composition import Output, Parts
 from mplug2.data.text import END, Tokenizer, clean_generated, pre_question
-from mplug2.generation import BeamSearch, decode_stream, rank_answers
+from mplug2.generation import AnswerList, BeamSearch, decode_stream, rank_answers
 
 TASKS = ("video-qa", "visual-qa")
 
@@ -51,6 +51,7 @@ def stream(
     *,
     batch_size: int = 8,
     answers: Sequence[str] | None = None,
+    ranking: str = "released",
     num_shortlisted: int = 128,
     beam_size: int = 5,
     min_length: int = 1,
@@ -66,16 +67,22 @@ def stream(
         pairs: tokens (K, D) of `Parts.encode_vision` and a question about them, taken when there is room. Questions are
             cut to 50 words and to the model's positions.
         batch_size: pairs worked on side by side.
-        answers: a closed list to choose from; the score is then the probability among those shortlisted. Default: any
+        answers: a closed list to choose from; the score is then the probability among those compared. Default: any
             words.
-        num_shortlisted: of a closed list, how many answers of likely first piece are compared whole.
+        ranking: of a closed list, which answers are compared whole: "released", those of likely first piece; "exact",
+            all (see `rank_answers`).
+        num_shortlisted: of "released", how many.
         min_length, max_length: generated pieces, the end token included.
         keep_after_end: as the released evaluation, keep words that follow an end token.
         absorb: never make the keys and values of the context: less memory, more work a step. Not with `answers`.
     """
     contexts = _contexts(parts, tokenizer, pairs, batch_size, task)
     if answers is not None:
-        return _ranked(parts, tokenizer, contexts, answers, num_shortlisted)
+        if not answers:
+            raise ValueError("question answering: the closed list of answers is empty; leave it out to allow any words")
+        listed = AnswerList(tokenizer([answer + END for answer in answers]).ids)
+        count = min(num_shortlisted, len(answers))
+        return _ranked(parts, contexts, answers, listed, {"method": ranking, "num_return": count})
     search = BeamSearch(
         parts.decoder, beam_size=beam_size, min_length=min_length, max_length=max_length, decoding=decoding
     )
@@ -122,13 +129,14 @@ def _contexts(
 
 @torch.no_grad()
 def _ranked(
-    parts: Parts, tokenizer: Tokenizer, contexts: Iterable[tuple[Tensor, Tensor]], answers: Sequence[str], count: int
+    parts: Parts,
+    contexts: Iterable[tuple[Tensor, Tensor]],
+    answers: Sequence[str],
+    listed: AnswerList,
+    options: dict,
 ) -> Iterator[tuple[int, tuple[str, float]]]:
-    labels = tokenizer([answer + END for answer in answers]).ids
     numbers = itertools.count()
     for tokens, mask in contexts:
-        context = parts.decoder.project(tokens, mask)
-        num_return = min(count, len(answers))
-        index, probs = rank_answers(parts.decoder, context, labels.to(tokens.device), num_return=num_return)
+        index, probs = rank_answers(parts.decoder, parts.decoder.project(tokens, mask), listed, **options)
         for best, prob in zip(index[:, 0].tolist(), probs[:, 0].tolist(), strict=True):
             yield next(numbers), (answers[best], prob)

@@ -56,8 +56,13 @@ def sources() -> list[Path]:
     return sorted(found)
 
 
+def is_for(source: Path, arch: str) -> bool:
+    """Whether the build compiles a file for an architecture: those in inst/ are for the one that their name ends in."""
+    return source.parent.name != "inst" or source.stem.endswith(f"_sm{arch}")
+
+
 def report(archs: tuple[str, ...] = ARCHS, jobs: int | None = None, paths: list[Path] | None = None) -> list[Kernel]:
-    """Every kernel of `paths` (all sources) on every architecture.
+    """Every kernel of `paths` (all sources) on every architecture that they are compiled for.
 
     Raises:
         RuntimeError: nvcc or nvdisasm is missing, or a file does not compile; the message holds what the compiler says.
@@ -66,7 +71,7 @@ def report(archs: tuple[str, ...] = ARCHS, jobs: int | None = None, paths: list[
     if missing := [name for name, path in tools.items() if path is None]:
         raise RuntimeError(f"cuda_report: no {', '.join(missing)} found: nvdisasm comes with `pip install -e '.[dev]'`")
     with ThreadPoolExecutor(jobs or len(os.sched_getaffinity(0))) as pool:
-        work = [(path, arch) for path in paths or sources() for arch in archs]
+        work = [(path, arch) for path in paths or sources() for arch in archs if is_for(path, arch)]
         parts = list(pool.map(lambda item: _kernels(*item, tools), work))
     return [kernel for part in parts for kernel in part]
 
@@ -113,8 +118,9 @@ def _compiled(source: Path, arch: str, nvcc: str) -> tuple[Path, str]:
         CACHE.mkdir(parents=True, exist_ok=True)
         part = CACHE / f"part-{os.getpid()}-{cubin.name}"
         includes = [cutlass_headers.cutlass_include(digests.ROOT / "build"), torch_headers.torch_include()]
-        options = [*digests.FLAGS, f"-arch=sm_{arch}", "-Xptxas", "-v", "-DUSE_CUDA", f"-I{digests.CSRC}"]
-        options += ["-DTORCH_TARGET_VERSION=0x020b000000000000", *(f"-isystem={folder}" for folder in includes)]
+        options = [*digests.FLAGS, f"-arch=sm_{arch}", "-Xptxas", "-v", f"-I{digests.CSRC}"]
+        options += ["-DUSE_CUDA", "-DMPLUG2_HAVE_SM80", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+        options += [f"-isystem={folder}" for folder in includes]
         said = _run([nvcc, *options, "-cubin", str(source), "-o", str(part)])
         for old in CACHE.glob(f"{source.stem}-{arch}-*"):
             old.unlink(missing_ok=True)

@@ -13,8 +13,9 @@ HALF, FLOAT = 2, 4  # bytes of a number
 
 @pytest.fixture(autouse=True)
 def small_device(backend):
-    """Of a GPU with fewer multiprocessors than there is work for, so that blocks take several turns."""
-    with emulated.device(num_multiprocessors=2):
+    """Of a GPU with fewer multiprocessors than there is work for, so that blocks take several turns; and of none for
+    which linear is one kernel."""
+    with emulated.device(num_multiprocessors=2, capability=90):
         yield
 
 

@@ -33,6 +33,8 @@ EXPECTED = {
     r"attention::tiled_bwd_parts_kernel": WIDE,
     r"linear::(fwd|bwd)_kernel<\w+, Identity>": WIDE,
     r"linear::(fwd|bwd)_kernel<\w+, (QuickGelu|Gelu)>": WIDE + EXP,
+    r"linear::product_kernel<\w+, Identity>": ("HMMA", "LDSM", "LDGSTS", *WIDE),
+    r"linear::product_kernel<\w+, (QuickGelu|Gelu)>": ("HMMA", "LDSM", "LDGSTS", *WIDE, *EXP),
     r"local_temporal::norm_(bwd_)?kernel": WIDE,
     r"local_temporal::mix_(bwd_)?kernel": WIDE + EXP,
     r"linear_cross_entropy::fwd_kernel": ("LDG.128", "EX2"),
@@ -49,9 +51,14 @@ def _label(path: Path) -> str:
     return str(path.relative_to(digests.CSRC))
 
 
+COMPILED = [(source, arch) for source in cuda_report.sources() for arch in cuda_report.ARCHS]
+
+
 @needs_nvcc
-@pytest.mark.parametrize("arch", cuda_report.ARCHS)
-@pytest.mark.parametrize("source", cuda_report.sources(), ids=_label)
+@pytest.mark.parametrize(
+    ("source", "arch"),
+    [pytest.param(*pair, id=f"{_label(pair[0])}-{pair[1]}") for pair in COMPILED if cuda_report.is_for(*pair)],
+)
 def test_machine_code(source, arch):
     kernels = cuda_report.report((arch,), jobs=1, paths=[source])
     assert kernels or "launch(" not in source.read_text(), "a file that launches kernels and has none"

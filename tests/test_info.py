@@ -80,6 +80,7 @@ def test_explain_gives_every_kernel_a_layer_and_the_reason():
         proofs.Instance("linear", "slower", "d" * 64, ("9.0",), ("9.0",), 0),
         proofs.Instance("linear", "elsewhere", "d" * 64, ("8.0",), (), 0),
         proofs.Instance("linear", "changed", "e" * 64, (), (), 0),
+        proofs.Instance("linear", "linear_fwd_product_bf16", "d" * 64, (), (), 0),
     ]
     records = [
         _record("proven", "9.0"),
@@ -87,7 +88,7 @@ def test_explain_gives_every_kernel_a_layer_and_the_reason():
         _record("elsewhere", "8.0"),
         _record("changed", "9.0"),
     ]
-    rows = {row["instance"]: row for row in info.explain(kernels, records, {"9.0"})}
+    rows = {row["instance"]: row for row in info.explain(kernels, records, {"9.0"})}  # the last is none for 9.0
     assert {name: row["layer"] for name, row in rows.items()} == {
         "proven": "portable", "slower": "reference", "elsewhere": "reference", "changed": "reference",
     }  # fmt: skip

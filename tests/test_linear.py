@@ -1,16 +1,18 @@
 """linear: every epilogue against the float64 truth, the activations over their whole range, and errors."""
 
 from contextlib import nullcontext
+from itertools import product
 
 import pytest
 import torch
 
-from mplug2 import ops
+from mplug2 import ops, proofs
 from mplug2.ops import reference
 from tolerances import LOCAL_LONG_SUM, assert_close, assert_close_together, draws
 
 ACTIVATIONS = [None, "gelu", "quick_gelu"]
 FORWARD, BACKWARD = "linear_fwd", "linear_bwd"
+PRODUCT = "linear_fwd_product"
 
 
 def _run(function, tensors, kind, dtype, activation, device="cpu", needing=("x", "weight", "bias", "residual")):
@@ -239,3 +241,155 @@ def test_errors_name_the_tensor(backend):
         ops.linear(x, weight.bfloat16())
     with pytest.raises(RuntimeError, match=r"linear: pre must have the shape of dout, \[3, 5\], got \[0\]"):
         torch.ops.mplug2.linear_bwd(x.new_zeros(3, 5), x, weight, x.new_zeros(0), "gelu")
+
+
+# ---- the product with its epilogue in one kernel: GPUs of capability 8.x ---------------------------------------------
+@pytest.fixture
+def product_rows(backend):
+    """Rows that, added to a few, make a product of enough tiles for such a GPU. On a CPU plain sums stand in for
+    CUTLASS's loop: what is run of ours is the host code and the epilogue."""
+    if backend.name == "emulated":
+        import emulated
+
+        with emulated.device(num_multiprocessors=1):
+            yield 0
+        return
+    properties = torch.cuda.get_device_properties(backend.device)
+    if properties.major != 8:
+        pytest.skip("the GPU is not of capability 8.x")
+    yield 128 * properties.multi_processor_count
+
+
+on_gpus = pytest.mark.parametrize("backend", ["emulated", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
+
+
+def _served(backend):
+    if backend.name == "emulated":
+        library = torch.ops.mplug2_emulated_cuda
+    else:
+        library = torch.ops.mplug2_cuda
+    return {instance.name: instance.served for instance in proofs.instances(library)}
+
+
+def _forms(backend, function):
+    """How often each form served while `function` ran, without those that did not."""
+    before = _served(backend)
+    function()
+    return {name: times - before[name] for name, times in _served(backend).items() if times > before[name]}
+
+
+@on_gpus
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("parts", [(), ("bias",), ("residual",), ("bias", "residual")], ids=str)
+@pytest.mark.parametrize("shape", [(1, 8, 8), (129, 40, 264), (3, 37, 24, 16)], ids=str)
+def test_product_with_its_epilogue(backend, product_rows, shape, parts, activation, which):
+    *rows, depth, width = shape
+    shape = (*rows[:-1], rows[-1] + product_rows, depth, width)
+    several = draws(lambda seed: _tensors(shape, parts, seed), backend.most_draws)
+    kind = ("bf16", "fp16")[which]
+    forms = _forms(backend, lambda: _compare(backend, several, backend.dtypes[which], activation))
+    served = f"{PRODUCT}_{kind}" if activation or "residual" in parts else f"{FORWARD}_{kind}"
+    assert forms == {served: len(several), f"{BACKWARD}_{kind}": len(several)}
+
+
+@on_gpus
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_product_keeps_pre_and_writes_nothing_else(backend, product_rows, activation):
+    tensors = _tensors((5 + product_rows, 16, 24))
+    x, weight, bias, residual = (t.to(backend.device, backend.dtypes[0]) for t in tensors.values())
+    kept = [t.clone() for t in (x, weight, bias, residual)]
+    name = activation or "none"
+
+    def run(return_pre):
+        return torch.ops.mplug2.linear_fwd(x, weight, bias, name, residual, return_pre)
+
+    assert set(_forms(backend, lambda: run(True))) == {f"{PRODUCT}_bf16"}
+    (out, pre), (alone, none) = run(True), run(False)
+    assert torch.equal(out, alone)
+    assert none.shape == (0,)
+    assert all(map(torch.equal, (x, weight, bias, residual), kept))
+    truth = reference.linear(x.cpu().double(), weight.cpu().double(), bias.cpu().double())
+    assert_close(pre.cpu(), reference.linear(x, weight, bias).cpu(), truth)
+
+
+@on_gpus
+def test_product_rounds_once(backend, product_rows):
+    """Sums are exact in float32, so out has one right value, which a pass over a rounded product would miss."""
+    g = torch.Generator().manual_seed(0)
+    rows, depth, width = 64 + product_rows, 16, 24
+    shapes = ((rows, depth), (width, depth), (width,), (rows, width))
+    x, weight, bias, residual = (torch.randint(-64, 65, s, generator=g).to(torch.float64) / 16 for s in shapes)
+    given = {"x": x, "weight": weight, "bias": bias, "residual": residual}
+    given = {name: t.to(backend.device, torch.bfloat16) for name, t in given.items()}
+    out, pre = torch.ops.mplug2.linear_fwd(given["x"], given["weight"], given["bias"], "none", given["residual"], True)
+    exact = x @ weight.t() + bias
+    assert torch.equal(pre.cpu(), exact.to(torch.bfloat16))
+    assert torch.equal(out.cpu(), (exact + residual).to(torch.bfloat16))
+    assert not torch.equal(out.cpu(), (exact.to(torch.bfloat16).double() + residual).to(torch.bfloat16))
+
+
+@on_gpus
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS.keys())
+def test_product_of_views_gives_the_bits_of_their_copies(backend, product_rows, view):
+    tensors = {n: t.to(backend.device, backend.dtypes[0]) for n, t in _tensors((6 + product_rows, 16, 24)).items()}
+    for name in ("x", "residual"):
+        views = {n: view(t) if n == name else t for n, t in tensors.items()}
+        copies = {n: t.clone(memory_format=torch.contiguous_format) for n, t in views.items()}
+        outs = []
+
+        def run(views=views, copies=copies, outs=outs):
+            outs += (ops.linear(**given, activation="gelu") for given in (views, copies))
+
+        assert _forms(backend, run) == {f"{PRODUCT}_bf16": 2}
+        assert torch.equal(*outs)
+
+
+DISPATCH = {
+    "8.0": ({}, {}, PRODUCT),
+    "8.6": ({"capability": 86, "max_shared_bytes": 99 * 1024}, {}, PRODUCT),
+    "8.9": ({"capability": 89, "max_shared_bytes": 99 * 1024}, {}, PRODUCT),
+    "9.0": ({"capability": 90}, {}, FORWARD),
+    "12.0": ({"capability": 120}, {}, FORWARD),
+    "as many tiles as multiprocessors": ({"num_multiprocessors": 4}, {}, PRODUCT),
+    "fewer": ({"num_multiprocessors": 5}, {}, FORWARD),
+    "D no multiple of 8": ({}, {"depth": 20}, FORWARD),
+    "bias alone": ({}, {"activation": None}, FORWARD),
+    "weights that are a view": ({}, {"weight": VIEWS["columns of a wider tensor"]}, FORWARD),
+    "transposed weights": ({}, {"weight": VIEWS["transposed"]}, FORWARD),
+    "misaligned weights": ({}, {"weight": VIEWS["2 bytes past an aligned address"]}, FORWARD),
+    "misaligned bias": ({}, {"bias": VIEWS["2 bytes past an aligned address"]}, FORWARD),
+}
+
+
+@pytest.mark.parametrize("backend", ["emulated"], indirect=True)
+@pytest.mark.parametrize(("gpu", "change", "form"), DISPATCH.values(), ids=DISPATCH.keys())
+def test_form_by_capability_and_call(backend, gpu, change, form):
+    """129 rows and 264 columns are 2 x 2 tiles."""
+    import emulated
+
+    change = {"depth": 24, "activation": "quick_gelu", **change}
+    depth, activation = change.pop("depth"), change.pop("activation")
+    tensors = {n: t.to(torch.bfloat16) for n, t in _tensors((129, depth, 264), ("bias",)).items()}
+    tensors = {name: change.get(name, lambda t: t)(t) for name, t in tensors.items()}
+    with emulated.device(**{"num_multiprocessors": 1, **gpu}):
+        forms = _forms(backend, lambda: ops.linear(**tensors, activation=activation))
+    assert forms == {f"{form}_bf16": 1}
+
+
+@pytest.mark.parametrize("activation", ["none", "gelu", "quick_gelu"])
+def test_epilogue_in_float32(activation):
+    """activation(sum + bias) + residual against float64, before anything is rounded to 16 bits."""
+    import emulated
+
+    emulated.load()
+    g = torch.Generator().manual_seed(0)
+    sums = torch.cat([torch.linspace(-30, 30, 4001), torch.tensor([-3e38, -1e4, 1e4, 3e38])])
+    for (bias, residual), sign in product(((0.0, 0.0), (1.5, 0.0), (0.0, 2.25), (-0.75, -3.5)), (1, -1)):
+        some = [torch.full_like(sums, sign * value) for value in (bias, residual)]
+        shuffled = sums[torch.randperm(len(sums), generator=g)]
+        out = torch.empty_like(sums)
+        torch.ops.mplug2_samples.linear_epilogue(shuffled, *some, activation, out)
+        z = (shuffled + some[0]).double()  # of which the activation is taken, in float32
+        value = reference.ACTIVATIONS[activation](z)
+        assert (out - (value + some[1])).abs().le(2e-6 * (value.abs() + some[1].abs()) + 3e-7).all()

@@ -1,7 +1,7 @@
 // out = activation(pre) + residual, in one pass over the product.
 #pragma once
-#include "core/activation.cuh"
 #include "core/chunk.cuh"
+#include "linear/linear_epilogue.cuh"
 
 namespace mplug2::linear {
 
@@ -39,7 +39,7 @@ fwd_kernel(FwdParams<T> p) {
         unpack_chunk<T>(pre[i], z);
         unpack_chunk<T>(residual[i], addend);
         MPLUG2_UNROLL
-        for (int j = 0; j < kChunk; ++j) z[j] = Activation::value(z[j]) + addend[j];
+        for (int j = 0; j < kChunk; ++j) z[j] = finish<Activation>(z[j], addend[j]);
         store16(p.out + chunk * kChunk, pack_chunk<T>(z));
       }
   }

@@ -260,7 +260,8 @@ def doctor(
         torch.device("cuda", torch.cuda.current_device()), torch.ops.mplug2_cuda, ops.layer, torch._C.DispatchKey.CUDA,
         2 * properties.multi_processor_count * BLOCKS_A_MULTIPROCESSOR,
     )  # fmt: skip
-    instances = [i for i in proofs.instances(place.library) if not op or i.op in op]
+    capability = f"{properties.major}.{properties.minor}"
+    instances = [i for i in proofs.instances(place.library) if (not op or i.op in op) and i.is_made_for(capability)]
     console = Console(stderr=True, highlight=False)
     path, lost = write or proofs.user_cache(), ""
     findings: list[Finding] = []

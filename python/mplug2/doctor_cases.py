@@ -109,6 +109,8 @@ CASES = [
             ("1024 to 4096, QuickGELU", lambda g, n: _linear(g, n, 1024, 4096, residual=False), "quick_gelu"),
             ("768 to 3072, GELU", lambda g, n: _linear(g, n, 768, 3072, residual=False), "gelu"),
             ("4096 to 1024, residual", lambda g, n: _linear(g, n, 4096, 1024, residual=True), None),
+            # No multiple of 8, so that on 8.x, too, cuBLAS computes the product.
+            ("1020 to 4096, QuickGELU", lambda g, n: _linear(g, n, 1020, 4096, residual=False), "quick_gelu"),
         )
     ),
     Case("local_temporal", "T 16, L 257, D 1024", lambda g, n: _local_temporal(g, n, 16, 257, 1024)),

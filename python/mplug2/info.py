@@ -54,12 +54,13 @@ def report() -> dict[str, Any]:
 def explain(
     instances: list[proofs.Instance], records: list[proofs.Record], capabilities: set[str]
 ) -> list[dict[str, str]]:
-    """For every kernel instance on GPUs of every capability: op, instance, capability, layer that runs, and why."""
+    """For every kernel instance on GPUs of every capability that it is made for: op, instance, capability, layer that
+    runs, and why."""
     known = {record.key: record for record in records}
     rows = []
     for instance in instances:
         short = instance.digest[:12]
-        for capability in sorted(capabilities):
+        for capability in filter(instance.is_made_for, sorted(capabilities)):
             record = known.get((instance.name, instance.digest, capability))
             others = sorted(r.capability for r in records if (r.instance, r.digest) == (instance.name, instance.digest))
             if capability not in instance.proven:

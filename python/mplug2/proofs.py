@@ -15,6 +15,9 @@ from pathlib import Path
 
 SHIPPED = Path(__file__).with_name("proven.json")
 
+# Instances made for some GPUs alone: how their names begin, and how the capability does.
+MADE_FOR = {"linear_fwd_product": "8."}
+
 
 @dataclass(frozen=True)
 class Record:
@@ -51,6 +54,10 @@ class Instance:
     proven: tuple[str, ...]  # capabilities
     slower: tuple[str, ...]  # capabilities where the static rule prefers the reference
     served: int  # times it was chosen in this process
+
+    def is_made_for(self, capability: str) -> bool:
+        """Whether it can be chosen at all on GPUs of that capability ("8.0")."""
+        return all(capability.startswith(made) for name, made in MADE_FOR.items() if self.name.startswith(name))
 
 
 def user_cache() -> Path:

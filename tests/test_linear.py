@@ -173,6 +173,48 @@ def test_forward_by_one_layer_and_backward_by_another(forward, activation):
         assert_close(grad, base[name], true[name], local=LOCAL_LONG_SUM)
 
 
+def _far(shape, small):
+    """Zeros of more than 2^31 elements that take no memory, whose last rows and columns are `small`."""
+    import emulated
+
+    assert shape[0] * shape[1] > 2**31
+    far = emulated.sparse(*shape, dtype=small.dtype)
+    far[-small.shape[0] :, -small.shape[1] :] = small
+    return far
+
+
+def test_forward_pass_past_2_to_the_31():
+    """The pass alone, its last block of 1,024 chunks."""
+    import emulated
+
+    emulated.load()
+    pre, residual = (t.bfloat16() for t in torch.randn(2, 1, 1024 * 8, generator=torch.Generator().manual_seed(0)))
+    out, shape = torch.empty_like(pre), (2**18 + 1, 1024 * 8)
+    torch.ops.mplug2_samples.linear_fwd_pass(pre, residual, out)
+    tensors = [_far(shape, t) for t in (pre, residual, torch.zeros_like(out))]
+    with emulated.blocks(shape[0] - 1, shape[0]):
+        torch.ops.mplug2_samples.linear_fwd_pass(*tensors)
+    assert torch.equal(tensors[2][-1:], out)
+
+
+def test_backward_pass_past_2_to_the_31():
+    """The pass alone, its last block of 16 rows and 256 columns."""
+    import emulated
+
+    emulated.load()
+    dout, pre = (t.bfloat16() for t in torch.randn(2, 16, 256, generator=torch.Generator().manual_seed(0)))
+    dpre, parts = torch.empty_like(pre), torch.empty(1, 256)
+    torch.ops.mplug2_samples.linear_bwd_pass(dout, pre, dpre, parts)
+    rows, width = shape = 2**11 + 16, 2**20
+    tensors = [_far(shape, t) for t in (dout, pre, torch.zeros_like(dpre))]
+    far_parts = emulated.sparse(rows // 16, width, dtype=torch.float32)
+    blocks = rows // 16 * width // 256
+    with emulated.blocks(blocks - 1, blocks):
+        torch.ops.mplug2_samples.linear_bwd_pass(*tensors, far_parts)
+    assert torch.equal(tensors[2][-16:, -256:], dpre)
+    assert torch.equal(far_parts[-1:, -256:], parts)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_stride_0_gradients(backend, activation):
     grads = []

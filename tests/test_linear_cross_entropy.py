@@ -224,6 +224,38 @@ def test_target_out_of_range_gives_nan(backend):
     assert torch.equal(leaves["x"].grad.isnan().all(1).cpu(), expected)
 
 
+def test_passes_past_2_to_the_31():
+    """The passes over logits alone: the last row forward, the last block of 32 rows and 256 words backward."""
+    import emulated
+
+    emulated.load()
+    g = torch.Generator().manual_seed(0)
+    rows, words = 2**15 + 32, 2**16
+    assert (rows - 1) * words > 2**31
+    small = torch.randn(32, words, generator=g).bfloat16()
+    logits = emulated.sparse(rows, words, dtype=torch.bfloat16)
+    logits[-32:] = small
+    targets = torch.randint(words - 256, words, (rows,), generator=g)
+    dloss, (loss, lse) = torch.randn(rows, generator=g), torch.zeros(2, rows)
+    parts = emulated.sparse(rows // 32, words, dtype=torch.float32)
+    with emulated.blocks(rows - 1, rows):
+        torch.ops.mplug2_samples.linear_cross_entropy_fwd_pass(logits, targets, loss, lse)
+    truth = F.cross_entropy(small[-1:].double(), targets[-1:], label_smoothing=0.1)
+    torch.testing.assert_close(loss[-1].double(), truth, rtol=1e-5, atol=1e-5)
+
+    lse[-32:] = small.float().logsumexp(-1)
+    few_parts = torch.zeros(1, words)
+    blocks = rows // 32 * words // 256
+    with emulated.blocks(blocks - 1, blocks):
+        torch.ops.mplug2_samples.linear_cross_entropy_bwd_pass(logits, targets, dloss, lse, parts)
+    with emulated.blocks(words // 256 - 1, words // 256):
+        last = (targets[-32:], dloss[-32:], lse[-32:])
+        torch.ops.mplug2_samples.linear_cross_entropy_bwd_pass(small, *last, few_parts)
+    assert torch.equal(logits[-32:], small)
+    assert torch.equal(parts[-1:, -256:], few_parts[:, -256:])
+    assert few_parts[:, -256:].abs().min() > 0
+
+
 def test_leading_dimensions_and_ignored_rows(backend):
     dtype = backend.dtypes[-1]
     x, weight = (torch.randn(shape).to(backend.device, dtype) for shape in ((2, 3, 8), (11, 8)))

@@ -222,6 +222,8 @@ def test_target_out_of_range_gives_nan(backend):
     expected = torch.tensor([False, True, True, False, False, False])
     assert torch.equal(loss.isnan().cpu(), expected)
     assert torch.equal(leaves["x"].grad.isnan().all(1).cpu(), expected)
+    assert leaves["weight"].grad.isnan().all()
+    assert leaves["bias"].grad.isnan().all()
 
 
 def test_passes_past_2_to_the_31():

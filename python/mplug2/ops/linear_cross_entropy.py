@@ -27,7 +27,9 @@ def linear_cross_entropy(
     Args:
         x: (..., D), any floating dtype.
         weight: (V, D), dtype of x.
-        targets: (...) int64, in 0..V-1 or ignore_index.
+        targets: (...) int64, in 0..V-1 or ignore_index. Another one is an error on the CPU. On a GPU, whose kernel does
+            not wait to tell, its row's loss is NaN, and so are that row's gradient and those of weight and bias; where
+            the reference serves there, PyTorch's own assertion ends the process's work on the device.
         bias: (V,), dtype of x.
         ignore_index: target of rows that count for nothing.
         reduction: "mean" over the rows that count (NaN if there are none), "sum", or "none".

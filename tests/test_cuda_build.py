@@ -72,6 +72,14 @@ def test_machine_code(source, arch):
         assert not absent, f"sm_{arch}: {kernel.name} has no {', '.join(absent)}"
 
 
+def test_files_for_one_architecture_are_compiled_for_no_other():
+    inst = [path for path in cuda_report.sources() if path.parent.name == "inst"]
+    assert 0 < len(inst) <= 8
+    for path in inst:
+        assert [arch for arch in cuda_report.ARCHS if cuda_report.is_for(path, arch)] == ["80"]
+    assert cuda_report.is_for(digests.CSRC / "linear" / "linear_cuda.cu", "90")
+
+
 BAD = """
 #include <cstdio>
 #include <cute/arch/copy_sm90.hpp>

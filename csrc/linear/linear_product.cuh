@@ -85,11 +85,13 @@ using Out =
     visitor::Sm80EVT<Store<T>, visitor::Sm80EVT<Compute<Finish<Activation>::template Of>, Pre<T>, Optional<Load<T>>>>;
 
 // ---- the kernel -----------------------------------------------------------------------------------------------------
+// NOTE: half_t as the output stands for 16 bits, also of bfloat16: visitors load and store, and CUTLASS's way of
+// handing sums over through shared memory without bank conflicts is chosen for that name alone.
 template <class T, class Activation>
 using Product = typename cutlass::gemm::kernel::DefaultGemmWithVisitor<
     CutlassElement<T>, cutlass::layout::RowMajor, cutlass::ComplexTransform::kNone, kProductAccess,     //
     CutlassElement<T>, cutlass::layout::ColumnMajor, cutlass::ComplexTransform::kNone, kProductAccess,  //
-    CutlassElement<T>, cutlass::layout::RowMajor, kProductAccess, float, float, cutlass::arch::OpClassTensorOp,
+    cutlass::half_t, cutlass::layout::RowMajor, kProductAccess, float, float, cutlass::arch::OpClassTensorOp,
     cutlass::arch::Sm80, ProductTile, ProductWarpTile, ProductInstruction, Out<T, Activation>, ProductOrder,
     kProductStages, cutlass::arch::OpMultiplyAdd>::GemmKernel;
 

@@ -112,13 +112,15 @@ def test_a_long_list_is_cut_into_small_tries_and_logits_are_few(decoder, context
     monkeypatch.setattr(ranking, "_TRIE_NODES", 40)
     monkeypatch.setattr(ranking, "_ROWS", 100)
     monkeypatch.setattr(ranking, "_LOGIT_ROWS", 30)
-    sizes, made = [], decoder.logits
+    sizes, made, read, run = [], decoder.logits, [], decoder.forward
     monkeypatch.setattr(decoder, "logits", lambda states: sizes.append(states.shape[:-1].numel()) or made(states))
+    monkeypatch.setattr(decoder, "forward", lambda ids, *a, **b: read.append(ids.numel()) or run(ids, *a, **b))
     listed = AnswerList(padded(rows))
     rank_answers(decoder, context, listed, method="exact", num_return=5)
     assert max(len(trie.ids) for trie in listed.tries) <= 40
     assert sum(len(trie.ids) for trie in listed.tries) < 2 * (1 + 6 + 36 + 216)
     assert max(sizes) <= 30
+    assert max(read) <= 100
     assert listed.tries is listed.tries  # made once
 
 

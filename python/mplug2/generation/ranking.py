@@ -147,17 +147,19 @@ def rank_answers(
         raise ValueError(f"rank_answers: num_return must be in 1..{len(answers)}, got {num_return}")
     decoder.embeddings.check_length(answers.longest - 1)
     if method == "exact":
-        probs = torch.softmax(_likelihoods(decoder, context, answers, None), 1)
-        probs, order = probs.sort(dim=1, descending=True, stable=True)
-        return order[:, :num_return], probs[:, :num_return]
+        return _best(_likelihoods(decoder, context, answers, None), num_return)
     start = torch.full((len(context), 1), answers.start_id, device=context.device)
     first = log_probs(decoder.logits(decoder(start, context)[:, -1]))[:, answers.first.to(context.device)]  # (B, A)
     first, shortlist = (x[:, :num_return] for x in first.sort(dim=1, descending=True, stable=True))
     score = _likelihoods(decoder, context, answers, shortlist.tolist()).gather(1, shortlist)
-    probs, order = torch.softmax(score + first if count_first_twice else score, 1).sort(
-        dim=1, descending=True, stable=True
-    )
+    order, probs = _best(score + first if count_first_twice else score, num_return)
     return shortlist.gather(1, order), probs
+
+
+def _best(scores: Tensor, num_return: int) -> tuple[Tensor, Tensor]:
+    """By score, not by probability: those that underflow differ, too."""
+    order = scores.argsort(dim=1, descending=True, stable=True)[:, :num_return]
+    return order, torch.softmax(scores, 1).gather(1, order)
 
 
 def _likelihoods(decoder: Decoder, context: Context, answers: AnswerList, chosen: list[list[int]] | None) -> Tensor:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -29,7 +30,8 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
-Files = Annotated[list[str], typer.Argument(help="Videos or images.", show_default=False)]
+FILES = "Videos or images; with --out also folders, lists (*.txt, *.jsonl, -) and shards (*.tar)."
+Files = Annotated[list[str], typer.Argument(help=FILES, show_default=False)]
 ModelName = Annotated[str, typer.Option("--model", help="nano, base, large, or a model folder.")]
 Weights = Annotated[str | None, typer.Option(help="A released mPLUG2_*.pth, or a model folder.", show_default=False)]
 RandomWeights = Annotated[bool, typer.Option("--random-weights", help="Untrained weights, to try speed and memory.")]
@@ -37,6 +39,13 @@ Seed = Annotated[int, typer.Option(help="Seed of random weights and of sampling.
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Number format of weights and activations.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object per line.")]
+Out = Annotated[
+    Path | None, typer.Option(help="JSONL file to append to; run again, it goes on there.", show_default=False)
+]
+Shard = Annotated[str, typer.Option(help="i/n: only part i (from 0) of n, into FILE.i-of-n.jsonl.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Decoding processes [default: one a core].")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Videos the model takes at once, with --out.")]
+Root = Annotated[str, typer.Option(help="Folder that paths in a list start from.", show_default=False)]
 
 
 @app.callback()
@@ -63,22 +72,34 @@ def caption(
     min_length: Annotated[int, typer.Option(min=0, help="Word pieces at least.")] = 4,
     max_length: Annotated[int, typer.Option(min=1, help="Word pieces at most.")] = 20,
     as_json: AsJson = False,
+    out: Out = None,
+    shard: Shard = "0/1",
+    workers: Workers = None,
+    batch_size: BatchSize = 8,
+    root: Root = "",
 ) -> None:
-    """Caption videos and images.
+    """Caption videos and images: a few, or with --out any number, in a run that may be killed and run again.
 
     Examples:
 
     `mplug2 caption clip.mp4`
 
     `mplug2 caption --json --model large --weights mPLUG2_MSRVTT_Caption.pth *.mp4 > captions.jsonl`
+
+    `mplug2 caption videos/ --out captions.jsonl`
+
+    `find videos -name "*.mp4" | mplug2 caption - --out captions.jsonl`
+
+    `torchrun --nproc-per-node 8 -m mplug2.cli caption "shards/{000..099}.tar" --out captions.jsonl`
     """
+    many = _many(files, out, shard, workers, batch_size, root)
     loaded = _model(model, captioning.TASKS, weights, random_weights, seed, device, dtype)
+    options = {"prompt": prompt, "beam_size": beam_size, "min_length": min_length, "max_length": max_length}
+    if many:
+        raise typer.Exit(many.caption(loaded, num_captions=num_captions, **options))
 
     def run(file: str) -> list[dict]:
-        found = loaded.caption(
-            [file], return_scores=True, num_captions=num_captions, prompt=prompt, beam_size=beam_size,
-            min_length=min_length, max_length=max_length,
-        )[0]  # fmt: skip
+        found = loaded.caption([file], return_scores=True, num_captions=num_captions, **options)[0]
         found = found if num_captions > 1 else [found]
         return [{"file": file, "caption": text, "score": score} for text, score in found]
 
@@ -87,8 +108,13 @@ def caption(
 
 @app.command()
 def ask(
-    file: Annotated[str, typer.Argument(help="A video or an image.", show_default=False)],
-    questions: Annotated[list[str], typer.Argument(help="One or several questions.", show_default=False)],
+    file: Annotated[
+        str, typer.Argument(help="A video or an image; with --out also a folder, a list or shards.", show_default=False)
+    ],
+    questions: Annotated[
+        list[str] | None,
+        typer.Argument(help="One or several questions; none where a list asks its own.", show_default=False),
+    ] = None,
     model: ModelName = "nano",
     weights: Weights = None,
     random_weights: RandomWeights = False,
@@ -99,17 +125,32 @@ def ask(
         Path | None, typer.Option(help="A text file with one answer per line to choose from.", show_default=False)
     ] = None,
     as_json: AsJson = False,
+    out: Out = None,
+    shard: Shard = "0/1",
+    workers: Workers = None,
+    batch_size: BatchSize = 8,
+    root: Root = "",
 ) -> None:
-    """Answer questions about a video or an image.
+    """Answer questions about a video or an image, or with --out about any number of them.
 
     Examples:
 
     `mplug2 ask clip.mp4 "what is it?" "what does it do?"`
 
     `mplug2 ask --json --model large --weights mPLUG2_MSRVTT_QA.pth clip.mp4 "who is singing?" --answers answers.txt`
+
+    `mplug2 ask videos/ "what is it?" --out answers.jsonl`
+
+    `mplug2 ask questions.jsonl --root videos --out answers.jsonl` (lines {"file": ..., "question": ...})
     """
+    questions = questions or []
+    many = _many([file], out, shard, workers, batch_size, root, questions)
+    if not questions and not (many and many.has_list):
+        _fail("ask: needs a question, or a *.jsonl list whose lines hold one")
     choices = _lines(answers) if answers else None
     loaded = _model(model, question_answering.TASKS, weights, random_weights, seed, device, dtype)
+    if many:
+        raise typer.Exit(many.answer(loaded, answers=choices))
 
     def run(file: str) -> list[dict]:
         found = loaded.answer(file, questions, return_scores=True, answers=choices)
@@ -124,7 +165,7 @@ def ask(
 
 @app.command()
 def embed(
-    files: Annotated[list[str] | None, typer.Argument(help="Videos or images.", show_default=False)] = None,
+    files: Annotated[list[str] | None, typer.Argument(help=FILES, show_default=False)] = None,
     texts: Annotated[list[str] | None, typer.Option("--text", help="A text to embed.", show_default=False)] = None,
     normalize: Annotated[bool, typer.Option("--normalize", help="Unit length.")] = False,
     model: ModelName = "nano",
@@ -133,14 +174,27 @@ def embed(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: DtypeOption = Dtype.float32,
+    out: Out = None,
+    shard: Shard = "0/1",
+    workers: Workers = None,
+    batch_size: BatchSize = 8,
+    root: Root = "",
 ) -> None:
-    """Pooled features of videos, images and texts, one JSON object per line.
+    """Pooled features of videos, images and texts, one JSON object per line; with --out a matrix in FILE.npy, and FILE
+    says which row is whose.
 
-    Example:
+    Examples:
 
     `mplug2 embed --normalize clip.mp4 --text "a red sneaker" > features.jsonl`
+
+    `mplug2 embed --normalize videos/ --out features.jsonl` (and features.npy)
     """
+    many = _many(files or (), out, shard, workers, batch_size, root)
+    if many and texts:
+        _fail("embed: --text and --out exclude each other; print the features of texts in a run of their own")
     loaded = _model(model, ["feature-extraction"] if texts else None, weights, random_weights, seed, device, dtype)
+    if many:
+        raise typer.Exit(many.embed(loaded, normalize=normalize))
 
     def run(file: str) -> list[dict]:
         return [{"file": file, "embedding": loaded.encode_video(file, normalize=normalize)[0].tolist()}]
@@ -320,7 +374,7 @@ def _device(name: str):
     import torch
 
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -328,6 +382,21 @@ def _device(name: str):
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device: {name} is not there; this machine has {torch.cuda.device_count()} CUDA devices")
     return device
+
+
+def _many(files: Sequence[str], out: Path | None, shard: str, workers, batch_size: int, root: str, questions=()):
+    """The run over many files that the options ask for, or None; what does not fit is one line and status 2."""
+    from mplug2.inference.command import ManyFiles
+    from mplug2.inference.sources import is_many
+
+    if out is None:
+        folders = [file for file in files if is_many(file)]
+        if folders:
+            _fail(f"{folders[0]}: holds many files; name a file for the results (--out results.jsonl)")
+        return None
+    if not files:
+        _fail("--out: needs files, folders, lists or shards to read")
+    return _or_exit(lambda: ManyFiles(files, out, shard, workers, batch_size, root, tuple(questions), talk))
 
 
 def _each(files: Iterable[str], run: Callable[[str], list[dict]], key: str, as_json: bool) -> None:
@@ -362,9 +431,14 @@ def _lines(path: Path) -> list[str]:
     lines = _or_exit(lambda: path.read_text(encoding="utf-8").splitlines())
     choices = [line.strip() for line in lines if line.strip()]
     if not choices:
-        _say(f"{path}: holds no answers; write one per line", style="red")
-        raise typer.Exit(2)
+        _fail(f"{path}: holds no answers; write one per line")
     return choices
+
+
+def _fail(text: str) -> NoReturn:
+    """End with status 2 and one line."""
+    _say(text, style="red")
+    raise typer.Exit(2)
 
 
 def _or_exit(run: Callable):
@@ -372,8 +446,7 @@ def _or_exit(run: Callable):
     try:
         return run()
     except (ValueError, OSError) as e:
-        _say(str(e), style="red")
-        raise typer.Exit(2) from None
+        _fail(str(e))
 
 
 def main() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +14,15 @@ from torch import Tensor, nn
 from mplug2 import data
 from mplug2.composition import Output, Parts, compose
 from mplug2.config import PRESETS, ModelConfig, get_config
+from mplug2.data.loading import equal_batches, read_ahead
 from mplug2.data.text import Tokenizer
 from mplug2.data.transform import Transform
 from mplug2.tasks import captioning, question_answering
 from mplug2.weights import LoadReport, load_folder, load_released
 from mplug2.weights.folder import VOCAB, WEIGHTS, save_folder
 from mplug2.weights.hub import find_folder, push_folder
+
+Result = TypeVar("Result")
 
 PACKAGED = Path(__file__).parent / "presets"  # folders of models that ship with the package
 FULL_VOCAB = Path(data.__file__).parent / "vocab" / VOCAB  # the 30,522 pieces of the released weights
@@ -45,46 +50,63 @@ class Model(nn.Module):
 
     def caption(
         self, sources, *, return_scores: bool = False, num_captions: int = 1, batch_size: int = 8, **options
-    ) -> str | tuple | list:
+    ) -> str | tuple | list | Iterator:
         """Captions of videos or images.
 
         Args:
             sources: path, bytes or file object, a list of them, or a tensor (B, 3, T, H, W): uint8 frames of any size,
-                or floating point as `transform` makes them.
+                or floating point as `transform` makes them. Any other iterable of such things, a generator or a data
+                loader for instance, is read as it goes, a few batches ahead.
             return_scores: (caption, score) instead of the caption alone.
             num_captions: more than one gives a list per item, best first.
             options: see `tasks.captioning.predict` (prompt, beam_size, min_length, max_length, decoding, ...).
 
         Returns:
-            str for one source, list of str for several. With several captions, a list of them for each.
+            str for one source, list of str for several, for any other iterable a generator of str in its order. With
+            several captions, a list of them for each.
 
         Raises:
             MediaError: a file cannot be read; the message names it.
         """
-        task = self._task(captioning.TASKS)
-        results = []
-        for visual in self._encoded(sources, batch_size):
-            found = captioning.predict(
-                self.parts, self.tokenizer, visual, num_captions=num_captions, task=task, **options
-            )
-            results += [[pair if return_scores else pair[0] for pair in item] for item in found]
-        results = results if num_captions > 1 else [item[0] for item in results]
-        return results[0] if _is_single(sources) else results
+        options |= {"num_captions": num_captions, "task": self.first_task(captioning.TASKS)}
+
+        def results(found: Iterable[list[tuple[str, float]]]) -> Iterator:
+            for item in found:
+                pairs = item if return_scores else [text for text, _ in item]
+                yield pairs if num_captions > 1 else pairs[0]
+
+        if _is_stream(sources):
+            visuals = self._stream(sources, batch_size)
+            found = captioning.stream(self.parts, self.tokenizer, visuals, batch_size=batch_size, **options)
+            return results(_in_order(found))
+        batches = self._encoded(sources, batch_size)
+        found = (captioning.predict(self.parts, self.tokenizer, visual, **options) for visual in batches)
+        captions = list(results(itertools.chain.from_iterable(found)))
+        return captions[0] if _is_single(sources) else captions
 
     def answer(
         self, sources, questions: str | Sequence[str], *, return_scores: bool = False, batch_size: int = 8, **options
-    ) -> str | tuple | list:
+    ) -> str | tuple | list | Iterator:
         """Answers to questions about videos or images.
 
         Args:
             sources: as for `caption`.
-            questions: for one source, one or several questions about it; for several, one for all or one for each.
+            questions: for one source, one or several questions about it; for several, one for all or one for each, and
+                where sources is read as it goes questions may be any iterable too.
             options: see `tasks.question_answering.predict` (answers, beam_size, max_length, ...).
 
         Returns:
-            str for one source and one question, else a list of str.
+            str for one source and one question, a generator for an iterable that is read as it goes, else a list of
+            str.
         """
-        task = self._task(question_answering.TASKS)
+        task = self.first_task(question_answering.TASKS)
+        if _is_stream(sources):
+            asked = itertools.repeat(questions) if isinstance(questions, str) else questions
+            pairs = zip(self._stream(sources, batch_size), asked, strict=not isinstance(questions, str))
+            found = question_answering.stream(
+                self.parts, self.tokenizer, pairs, batch_size=batch_size, task=task, **options
+            )
+            return (pair if return_scores else pair[0] for pair in _in_order(found))
         asked = [questions] if isinstance(questions, str) else list(questions)
         if _is_single(sources):
             sources, pairs = [sources], [(0, question) for question in asked]
@@ -110,11 +132,19 @@ class Model(nn.Module):
         return results[0] if alone else results
 
     @torch.no_grad()
-    def encode_video(self, sources, *, normalize: bool = False, batch_size: int = 8) -> Tensor:
-        """Pooled features (B, D) of videos or images: class token after the universal layers."""
+    def encode_video(self, sources, *, normalize: bool = False, batch_size: int = 8) -> Tensor | Iterator[Tensor]:
+        """Pooled features (B, D) of videos or images: class token after the universal layers.
+
+        An iterable that is read as it goes (see `caption`) gives a generator of (D,).
+        """
         self._needs("vision")
-        pooled = torch.cat([visual[:, 0] for visual in self._encoded(sources, batch_size)])
-        return nn.functional.normalize(pooled, dim=-1) if normalize else pooled
+
+        def finish(pooled: Tensor) -> Tensor:
+            return nn.functional.normalize(pooled, dim=-1) if normalize else pooled
+
+        if _is_stream(sources):
+            return (finish(visual[0]) for visual in self._stream(sources, batch_size))
+        return finish(torch.cat([visual[:, 0] for visual in self._encoded(sources, batch_size)]))
 
     encode_image = encode_video
 
@@ -159,6 +189,40 @@ class Model(nn.Module):
     def _device(self) -> torch.device:
         return next(self.parts.parameters()).device
 
+    def encode_each(self, videos: Iterable[Tensor], batch_size: int) -> Iterator[tuple[int, Tensor]]:
+        """Visual tokens (K, D) of videos as they come, a batch of equal shape at a time, with their number from 0.
+
+        videos: frames uint8 (T, size, size, 3) of the model's own size, or normalised (3, T, H, W).
+        """
+        p = next(self.parts.parameters())
+        for batch in equal_batches(videos, batch_size, lambda video: (video.dtype, video.shape)):
+            numbers, items = zip(*batch, strict=True)
+            video = torch.stack(items).to(p.device)
+            if not video.is_floating_point():
+                frames = self.transform.normalize(video.flatten(0, 1))  # (3, B * T, size, size)
+                video = frames.unflatten(1, video.shape[:2]).transpose(0, 1)
+            with torch.no_grad():
+                visual = self.parts.encode_vision(video.to(p.dtype))
+            yield from zip(numbers, visual, strict=True)
+
+    def _stream(self, sources: Iterable, batch_size: int) -> Iterator[Tensor]:
+        """Visual tokens (K, D) of an iterable's videos, in order; tensors in it are batches."""
+        read = read_ahead(self._read_frames, sources, ahead=2 * batch_size)
+        return _in_order(self.encode_each(itertools.chain.from_iterable(read), batch_size))
+
+    def _read_frames(self, source) -> list[Tensor]:
+        if not isinstance(source, Tensor):
+            return [data.load_frames(source, self.transform, num_frames=self.config.vision.num_frames)]
+        return list(self._checked(source))
+
+    def _checked(self, videos: Tensor) -> Tensor:
+        """A tensor of videos, normalised where it holds bytes."""
+        if videos.dim() != 5 or videos.shape[1] != 3:
+            raise ValueError(f"a tensor of videos must have shape (B, 3, T, H, W), got {tuple(videos.shape)}")
+        if videos.is_floating_point():
+            return videos
+        return torch.stack([self.transform(video.permute(1, 2, 3, 0)) for video in videos])
+
     def _encoded(self, sources, batch_size: int) -> Iterator[Tensor]:
         """Visual tokens (B, K, D) of videos in order, a batch at a time."""
         for video in self._batches(sources, batch_size):
@@ -169,11 +233,7 @@ class Model(nn.Module):
         """Normalised videos (B, 3, T, H, W) in order; frames of equal number share a batch."""
         p = next(self.parts.parameters())
         if isinstance(sources, Tensor):
-            if sources.dim() != 5 or sources.shape[1] != 3:
-                raise ValueError(f"a tensor of videos must have shape (B, 3, T, H, W), got {tuple(sources.shape)}")
-            if not sources.is_floating_point():
-                sources = torch.stack([self.transform(video.permute(1, 2, 3, 0)) for video in sources])
-            yield from sources.to(p.device, p.dtype).split(batch_size)
+            yield from self._checked(sources).to(p.device, p.dtype).split(batch_size)
             return
         batch: list[Tensor] = []
         for source in [sources] if _is_single(sources) else sources:
@@ -187,7 +247,8 @@ class Model(nn.Module):
         if batch:
             yield torch.stack(batch).to(p.device, p.dtype)
 
-    def _task(self, wanted: Sequence[str]) -> str:
+    def first_task(self, wanted: Sequence[str]) -> str:
+        """The first of the model's tasks that is wanted; ValueError where there is none."""
         for task in self.parts.tasks:
             if task in wanted:
                 return task
@@ -271,3 +332,18 @@ def _tokenizer(vocab: Path, config: ModelConfig) -> Tokenizer:
 
 def _is_single(sources) -> bool:
     return isinstance(sources, (str, os.PathLike, bytes, bytearray)) or hasattr(sources, "read")
+
+
+def _is_stream(sources) -> bool:
+    return not (_is_single(sources) or isinstance(sources, (Tensor, list, tuple)))
+
+
+def _in_order(found: Iterable[tuple[int, Result]]) -> Iterator[Result]:
+    """Results by their number, which counts from 0; those that come early wait."""
+    early: dict[int, Result] = {}
+    following = 0
+    for number, result in found:
+        early[number] = result
+        while following in early:
+            yield early.pop(following)
+            following += 1

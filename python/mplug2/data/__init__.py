@@ -1,7 +1,7 @@
 """Reading of videos, pictures and text."""
 
 from mplug2.data.images import read_image
-from mplug2.data.loading import load
+from mplug2.data.loading import load, load_frames
 from mplug2.data.source import MediaError
 from mplug2.data.text import Tokenizer
 from mplug2.data.transform import Transform
@@ -14,6 +14,7 @@ __all__ = [
     "Tokenizer",
     "Transform",
     "load",
+    "load_frames",
     "read_clip",
     "read_image",
     "read_video",

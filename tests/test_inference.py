@@ -78,6 +78,8 @@ def write_tar(path, members):
 
 def test_a_folder_gives_its_media_by_name(folder):
     (folder / ".hidden.mp4").write_bytes(b"x")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "a.mp4").write_bytes(b"x")
     (folder / "notes.md").write_text("x")
     (folder / "loop").symlink_to(folder)
     names = [os.path.relpath(item.name, folder) for item in find_items([str(folder)])]
@@ -232,7 +234,9 @@ def test_features_grow_and_lose_rows_without_a_line(tmp_path):
     path = tmp_path / "x.npy"
     rows = np.arange(12, dtype=np.float32).reshape(4, 3)
     with FeaturesFile(path, num_rows=0, width=3) as features:
-        assert [features.append(row) for row in rows] == [0, 1, 2, 3]
+        for i, row in enumerate(rows):
+            assert features.append(row) == i
+            assert np.array_equal(np.load(path), rows[: i + 1])  # as a kill would leave it
     assert np.array_equal(np.load(path, mmap_mode="r"), rows)
     with open(path, "ab") as file:
         file.write(b"torn")
@@ -460,6 +464,7 @@ def test_command_embeds_a_folder(folder, tmp_path):
     [
         (["caption", "."], "name a file for the results"),
         (["caption", "x.mp4", "--out", "o.jsonl", "--shard", "2/2"], "--shard: 2/2"),
+        (["caption", "x.mp4", "--shard", "0/2"], "go with --out"),
         (["ask", "x.mp4"], "needs a question"),
         (["embed", "--out", "o.jsonl"], "needs files"),
         (["embed", "x.mp4", "--text", "x", "--out", "o.jsonl"], "exclude each other"),

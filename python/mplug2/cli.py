@@ -393,6 +393,8 @@ def _many(files: Sequence[str], out: Path | None, shard: str, workers, batch_siz
         folders = [file for file in files if is_many(file)]
         if folders:
             _fail(f"{folders[0]}: holds many files; name a file for the results (--out results.jsonl)")
+        if shard != "0/1" or workers or root:
+            _fail("--shard, --workers and --root go with --out")
         return None
     if not files:
         _fail("--out: needs files, folders, lists or shards to read")

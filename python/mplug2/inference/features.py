@@ -13,7 +13,7 @@ class FeaturesFile:
     """A matrix (rows, D) in a .npy file, beside the lines of a `ResultsFile` that say which row is whose.
 
     A row is written before its line, so every line has its row; rows without a line, left by a kill, are cut off when
-    the file is opened again. The header's count of rows is brought up to date by `close` and every 1,000 rows.
+    the file is opened again. The header's count of rows follows every row.
 
     num_rows: rows that lines are there for. ValueError: the file does not hold as many rows of this width and dtype.
     """
@@ -32,7 +32,6 @@ class FeaturesFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._write_header()
         os.fsync(self._file)
         os.close(self._file)
 
@@ -42,8 +41,7 @@ class FeaturesFile:
         if os.pwrite(self._file, content, self._start + self.num_rows * len(content)) != len(content):
             raise OSError(f"{self.path}: the disk is full; make room and run the same command again")
         self.num_rows += 1
-        if self.num_rows % 1000 == 0:
-            self._write_header()
+        self._write_header()
         return self.num_rows - 1
 
     def _write_header(self) -> None:

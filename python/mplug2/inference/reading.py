@@ -151,9 +151,9 @@ class _Worker:
                 return f"{item.name}: was not read within {timeout:g} s and is left out; convert it or leave it out"
             frames, error, warnings = self._connection.recv()
         except (EOFError, OSError):
-            self._process.join()
-            status = self._process.exitcode
+            self._process.join(5)  # its end is seen before its status is known
             self.end()
+            status = self._process.exitcode
             how = signal.Signals(-status).name if status < 0 else f"status {status}"
             return f"{item.name}: the process that read it ended ({how}); convert it or leave it out"
         for warning in warnings:

@@ -162,9 +162,11 @@ def test_a_shard_that_breaks_is_an_error_and_the_others_go_on(tmp_path):
     write_tar(tmp_path / "0.tar", {"a.mp4": b"A" * 2000, "b.mp4": b"B" * 20000})
     (tmp_path / "0.tar").write_bytes((tmp_path / "0.tar").read_bytes()[:9000])
     write_tar(tmp_path / "2.tar", {"c.mp4": b"C"})
-    items = list(find_items([f"{tmp_path}/{{0..2}}.tar", "pipe:exit 3"]))
-    assert [os.path.basename(item.name) for item in items] == ["a.mp4", "0.tar", "1.tar", "c.mp4", "pipe:exit 3"]
-    assert [item.error is None for item in items] == [True, False, False, True, False]
+    pipe = f"pipe:cd {tmp_path}; cat 2.tar; exit 3"
+    items = list(find_items([f"{tmp_path}/{{0..2}}.tar", pipe]))
+    assert [item.error is None for item in items] == [True, False, False, True, True, False]
+    names = [item.name.removeprefix(f"{tmp_path}/") for item in items]
+    assert names == ["0.tar/a.mp4", "0.tar", "1.tar", "2.tar/c.mp4", f"{pipe}/c.mp4", pipe]
     assert all(item.error.startswith(item.name) for item in items if item.error)
 
 

@@ -30,6 +30,10 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
+class Quantize(StrEnum):
+    int8 = "int8"
+
+
 FILES = "Videos or images; with --out also folders, lists (*.txt, *.jsonl, -) and shards (*.tar)."
 Files = Annotated[list[str], typer.Argument(help=FILES, show_default=False)]
 ModelName = Annotated[str, typer.Option("--model", help="nano, base, large, or a model folder.")]
@@ -38,6 +42,7 @@ RandomWeights = Annotated[bool, typer.Option("--random-weights", help="Untrained
 Seed = Annotated[int, typer.Option(help="Seed of random weights and of sampling.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Number format of weights and activations.")]
+QuantizeOption = Annotated[Quantize | None, typer.Option(help="8-bit linear layers, on a CPU.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object per line.")]
 Out = Annotated[
     Path | None, typer.Option(help="JSONL file to append to; run again, it goes on there.", show_default=False)
@@ -66,6 +71,7 @@ def caption(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: DtypeOption = Dtype.float32,
+    quantize: QuantizeOption = None,
     prompt: Annotated[str, typer.Option(help="Words every caption starts with.")] = "",
     num_captions: Annotated[int, typer.Option(min=1, help="Captions per file, best first.")] = 1,
     beam_size: Annotated[int, typer.Option(min=1, help="Beams; 1 is greedy.")] = 5,
@@ -93,7 +99,7 @@ def caption(
     `torchrun --nproc-per-node 8 -m mplug2.cli caption "shards/{000..099}.tar" --out captions.jsonl`
     """
     many = _many(files, out, shard, workers, batch_size, root)
-    loaded = _model(model, captioning.TASKS, weights, random_weights, seed, device, dtype)
+    loaded = _model(model, captioning.TASKS, weights, random_weights, seed, device, dtype, quantize)
     options = {"prompt": prompt, "beam_size": beam_size, "min_length": min_length, "max_length": max_length}
     if many:
         raise typer.Exit(many.caption(loaded, num_captions=num_captions, **options))
@@ -121,6 +127,7 @@ def ask(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: DtypeOption = Dtype.float32,
+    quantize: QuantizeOption = None,
     answers: Annotated[
         Path | None, typer.Option(help="A text file with one answer per line to choose from.", show_default=False)
     ] = None,
@@ -148,7 +155,7 @@ def ask(
     if not questions and not (many and many.has_list):
         _fail("ask: needs a question, or a *.jsonl list whose lines hold one")
     choices = _lines(answers) if answers else None
-    loaded = _model(model, question_answering.TASKS, weights, random_weights, seed, device, dtype)
+    loaded = _model(model, question_answering.TASKS, weights, random_weights, seed, device, dtype, quantize)
     if many:
         raise typer.Exit(many.answer(loaded, answers=choices))
 
@@ -288,6 +295,7 @@ def evaluate(
     weights: Weights = None,
     device: Device = "auto",
     dtype: DtypeOption = Dtype.float32,
+    quantize: QuantizeOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure a model on a folder of videos.
@@ -298,7 +306,7 @@ def evaluate(
     """
     from mplug2.evaluation.run import evaluate as measure
 
-    loaded = _model(model, [task], weights, False, 0, device, dtype)
+    loaded = _model(model, [task], weights, False, 0, device, dtype, quantize)
     options = {"metric": metric, "predictions": predictions, "progress": talk.is_terminal}
     shares = _or_exit(lambda: measure(loaded, task, folder, **options))
     if as_json:
@@ -346,7 +354,16 @@ def doctor(
     proving.doctor(as_json=as_json, op=op, write=write)
 
 
-def _model(name: str, tasks: Sequence[str] | None, weights, random_weights: bool, seed: int, device: str, dtype: Dtype):
+def _model(
+    name: str,
+    tasks: Sequence[str] | None,
+    weights,
+    random_weights: bool,
+    seed: int,
+    device: str,
+    dtype: Dtype,
+    quantize: Quantize | None = None,
+):
     """The named model for those of `tasks` that its config lists, else for the first of them (None: all it lists);
     what does not fit is one line and status 2."""
     import torch
@@ -358,8 +375,9 @@ def _model(name: str, tasks: Sequence[str] | None, weights, random_weights: bool
         own = [task for task in tasks if task in resolve(name)[1].tasks] or tasks[:1] if tasks else None
         number = getattr(torch, dtype.value)
         return create_model(
-            name, task=own, weights=weights, random_weights=random_weights, device=_device(device), dtype=number
-        )
+            name, task=own, weights=weights, random_weights=random_weights, device=_device(device), dtype=number,
+            quantize=quantize,
+        )  # fmt: skip
 
     loaded = _or_exit(create)
     if loaded.load_report is None:

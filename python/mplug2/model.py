@@ -17,6 +17,7 @@ from mplug2.config import PRESETS, ModelConfig, get_config
 from mplug2.data.loading import equal_batches, read_ahead
 from mplug2.data.text import Tokenizer
 from mplug2.data.transform import Transform
+from mplug2.quantization import DTYPES, FORMATS, quantize_int8
 from mplug2.tasks import captioning, question_answering
 from mplug2.weights import LoadReport, load_folder, load_released
 from mplug2.weights.folder import VOCAB, WEIGHTS, save_folder
@@ -177,9 +178,10 @@ class Model(nn.Module):
         task: str | Sequence[str] | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        quantize: str | None = None,
     ) -> Model:
         """`create_model` for what has weights: "nano", a folder (no network), or `owner/name` on the hub."""
-        return create_model(name, revision=revision, task=task, device=device, dtype=dtype)
+        return create_model(name, revision=revision, task=task, device=device, dtype=dtype, quantize=quantize)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, commit_message: str | None = None) -> str:
         """Upload the folder that `save` writes to the Hugging Face hub as `owner/name`; returns its address."""
@@ -275,6 +277,7 @@ def create_model(
     instruction: bool | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    quantize: str | None = None,
 ) -> Model:
     """A model ready to caption or answer, in eval mode.
 
@@ -287,12 +290,16 @@ def create_model(
         random_weights: start at random instead.
         allow_missing: start parameters that the weights lack at random instead of raising WeightsError.
         instruction: captioning also reads an instruction (default: as the config says).
+        quantize: "int8" rounds linear layers to 8 bits once they are loaded, on a CPU, for inference only; the rest,
+            and what goes between layers, is of `dtype` (see `quantization.quantize_int8`).
 
     Raises:
         ValueError: no weights were named, or name, task or files do not fit. WeightsError names the file.
     """
     if random_weights and weights is not None:
         raise ValueError(f"weights={str(weights)!r} and random_weights=True exclude each other")
+    if quantize is not None:
+        _check_quantize(quantize, torch.device(device), dtype)
     folder, config = resolve(name, revision=revision)
     if weights is None and not random_weights and folder is None:
         raise ValueError(f"{name}: has no weights of its own; name a file (weights=...) or ask for random_weights=True")
@@ -303,6 +310,8 @@ def create_model(
     if not random_weights:
         load = load_folder if source.is_dir() else load_released
         report = load(parts, source, device=device, allow_missing=allow_missing)
+    if quantize is not None:
+        quantize_int8(parts)
     vocabs = [place / VOCAB for place in (source, folder, PACKAGED / config.name) if place is not None]
     vocab = next((file for file in vocabs if file.is_file()), FULL_VOCAB)
     return Model(parts, _tokenizer(vocab, parts.config), vocab, report).eval()
@@ -317,6 +326,16 @@ def resolve(name: str | Path, *, revision: str | None = None) -> tuple[Path | No
         raise ValueError(f"{name}: is not on the hub and has no revision {revision!r}; leave revision out")
     folder = PACKAGED / str(name)
     return (folder, get_config(folder)) if (folder / WEIGHTS).is_file() else (None, PRESETS[str(name)])
+
+
+def _check_quantize(quantize: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Before anything is read: a ValueError that says what does not fit."""
+    if quantize not in FORMATS:
+        raise ValueError(f"quantize must be None or {', '.join(map(repr, FORMATS))}, got {quantize!r}")
+    if device.type != "cpu":
+        raise ValueError(f"quantize={quantize!r} is for the CPU, got device {device}; leave quantize out there")
+    if dtype not in DTYPES:
+        raise ValueError(f"quantize={quantize!r} needs dtype float32, bfloat16 or float16, got {dtype}")
 
 
 def _tokenizer(vocab: Path, config: ModelConfig) -> Tokenizer:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mplug2.composition import Parts
+from mplug2.quantization import is_quantized
 from mplug2.weights.load import LoadReport, WeightsError, load_tensors
 
 WEIGHTS, CONFIG, VOCAB = "model.safetensors", "config.json", "vocab.txt"
@@ -69,6 +70,8 @@ def save_folder(parts: Parts, vocab_file: str | Path, folder: str | Path) -> Non
     """Write config, vocabulary and weights. A new folder appears whole or not at all; in a model folder that exists,
     the three files are replaced once all of them are written, and what else it holds stays."""
     folder = Path(folder)
+    if is_quantized(parts):
+        raise ValueError(f"{folder}: a quantized model cannot be saved; save it before, and quantize when it is loaded")
     if folder.exists() and not (folder / CONFIG).is_file() and any(folder.iterdir()):
         raise ValueError(f"{folder}: exists and is not a model folder; name a new one")
     folder.parent.mkdir(parents=True, exist_ok=True)

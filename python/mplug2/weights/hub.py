@@ -48,10 +48,10 @@ def push_folder(
 
     Uses the token of `hf auth login` or HF_TOKEN. Returns the repository's address. The hub's own errors pass through.
     """
-    url = huggingface_hub.create_repo(repo_id, private=private, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
         save_folder(parts, vocab_file, folder)
+        url = huggingface_hub.create_repo(repo_id, private=private, exist_ok=True)
         huggingface_hub.upload_folder(
             repo_id=repo_id, folder_path=folder, commit_message=commit_message or f"Upload {parts.config.name}"
         )

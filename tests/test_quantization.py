@@ -107,6 +107,7 @@ def test_only_linear_layers_are_replaced_and_memory_falls():
     assert sum(isinstance(layer, Int8Linear) for layer in parts.modules()) == len(layers)
     assert weight_bytes(parts) == kept + sum(m.weight.numel() + 12 * m.bias.numel() for m in layers)
     assert weight_bytes(parts) < before
+    assert weight_bytes(Int8Linear(_linear(16, 8, bias=False))) == 16 * 8 + 8 * 8  # weights; scales, zero points
     assert type(parts.vision.blocks[0].local_temporal1.down) is nn.Linear
     assert "int8" in repr(parts)
 

@@ -65,8 +65,7 @@ class Int8Linear(nn.Module):
         outs = out.view(-1, self.out_features).split(_ROWS)
         added = [None] * len(rows) if residual is None else residual.reshape(-1, self.out_features).split(_ROWS)
         for part, out_part, residual_part in zip(rows, outs, added, strict=True):
-            if part.numel():
-                self._rows(part, activation, residual_part, out_part)
+            self._rows(part, activation, residual_part, out_part)
         return out
 
     def _rows(self, x: Tensor, activation: str | None, residual: Tensor | None, out: Tensor) -> None:

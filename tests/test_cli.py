@@ -72,6 +72,9 @@ def test_ask(clip, tmp_path):
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert [line["question"] for line in lines] == ["what is it?", "which?"]
     assert {line["answer"] for line in lines} <= {"bag", "coat"}
+    args = ("ask", "--random-weights", clip, "what is it?", "--answers", tmp_path / "answers.txt")
+    assert run(*args, "--ranking", "exact").stdout.strip() in (f"{clip}: bag", f"{clip}: coat")
+    assert run(*args, "--ranking", "best").exit_code == 2
 
 
 def test_seed_fixes_random_weights(clip):

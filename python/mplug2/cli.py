@@ -34,6 +34,11 @@ class Quantize(StrEnum):
     int8 = "int8"
 
 
+class Ranking(StrEnum):
+    released = "released"
+    exact = "exact"
+
+
 FILES = "Videos or images; with --out also folders, lists (*.txt, *.jsonl, -) and shards (*.tar)."
 Files = Annotated[list[str], typer.Argument(help=FILES, show_default=False)]
 ModelName = Annotated[str, typer.Option("--model", help="nano, base, large, or a model folder.")]
@@ -131,6 +136,9 @@ def ask(
     answers: Annotated[
         Path | None, typer.Option(help="A text file with one answer per line to choose from.", show_default=False)
     ] = None,
+    ranking: Annotated[
+        Ranking, typer.Option(help="Of --answers: compare those of likely first piece (released), or all (exact).")
+    ] = Ranking.released,
     as_json: AsJson = False,
     out: Out = None,
     shard: Shard = "0/1",
@@ -157,10 +165,10 @@ def ask(
     choices = _lines(answers) if answers else None
     loaded = _model(model, question_answering.TASKS, weights, random_weights, seed, device, dtype, quantize)
     if many:
-        raise typer.Exit(many.answer(loaded, answers=choices))
+        raise typer.Exit(many.answer(loaded, answers=choices, ranking=ranking))
 
     def run(file: str) -> list[dict]:
-        found = loaded.answer(file, questions, return_scores=True, answers=choices)
+        found = loaded.answer(file, questions, return_scores=True, answers=choices, ranking=ranking)
         asked = [{"question": question} if len(questions) > 1 else {} for question in questions]
         return [
             {"file": file, **question, "answer": answer, "score": score}

@@ -60,7 +60,8 @@ class Model(nn.Module):
                 loader for instance, is read as it goes, a few batches ahead.
             return_scores: (caption, score) instead of the caption alone.
             num_captions: more than one gives a list per item, best first.
-            options: see `tasks.captioning.predict` (prompt, beam_size, min_length, max_length, decoding, ...).
+            batch_size: videos encoded together, and as many are decoded side by side.
+            options: see `tasks.captioning.stream` (prompt, beam_size, min_length, max_length, decoding, ...).
 
         Returns:
             str for one source, list of str for several, for any other iterable a generator of str in its order. With
@@ -70,20 +71,15 @@ class Model(nn.Module):
             MediaError: a file cannot be read; the message names it.
         """
         options |= {"num_captions": num_captions, "task": self.first_task(captioning.TASKS)}
+        visuals = self._visuals(sources, batch_size)
+        found = captioning.stream(self.parts, self.tokenizer, visuals, batch_size=batch_size, **options)
 
-        def results(found: Iterable[list[tuple[str, float]]]) -> Iterator:
-            for item in found:
+        def captions() -> Iterator:
+            for item in _in_order(found):
                 pairs = item if return_scores else [text for text, _ in item]
                 yield pairs if num_captions > 1 else pairs[0]
 
-        if _is_stream(sources):
-            visuals = self._stream(sources, batch_size)
-            found = captioning.stream(self.parts, self.tokenizer, visuals, batch_size=batch_size, **options)
-            return results(_in_order(found))
-        batches = self._encoded(sources, batch_size)
-        found = (captioning.predict(self.parts, self.tokenizer, visual, **options) for visual in batches)
-        captions = list(results(itertools.chain.from_iterable(found)))
-        return captions[0] if _is_single(sources) else captions
+        return captions() if _is_stream(sources) else next(captions()) if _is_single(sources) else list(captions())
 
     def answer(
         self, sources, questions: str | Sequence[str], *, return_scores: bool = False, batch_size: int = 8, **options
@@ -94,43 +90,34 @@ class Model(nn.Module):
             sources: as for `caption`.
             questions: for one source, one or several questions about it; for several, one for all or one for each, and
                 where sources is read as it goes questions may be any iterable too.
-            options: see `tasks.question_answering.predict` (answers, beam_size, max_length, ...).
+            batch_size: as for `caption`.
+            options: see `tasks.question_answering.stream` (answers, ranking, beam_size, max_length, ...).
 
         Returns:
             str for one source and one question, a generator for an iterable that is read as it goes, else a list of
             str.
         """
         task = self.first_task(question_answering.TASKS)
-        if _is_stream(sources):
-            asked = itertools.repeat(questions) if isinstance(questions, str) else questions
-            pairs = zip(self._stream(sources, batch_size), asked, strict=not isinstance(questions, str))
-            found = question_answering.stream(
-                self.parts, self.tokenizer, pairs, batch_size=batch_size, task=task, **options
-            )
-            return (pair if return_scores else pair[0] for pair in _in_order(found))
-        asked = [questions] if isinstance(questions, str) else list(questions)
+        asked = [questions] if isinstance(questions, str) else questions
+        visuals = self._visuals(sources, batch_size)
         if _is_single(sources):
-            sources, pairs = [sources], [(0, question) for question in asked]
-            alone = isinstance(questions, str)
+            pairs = ((visual, question) for visual in visuals for question in asked)
+        elif isinstance(questions, str):
+            pairs = ((visual, questions) for visual in visuals)
         else:
-            sources = sources if isinstance(sources, Tensor) else list(sources)
-            if len(asked) not in (1, len(sources)):
+            if not _is_stream(sources) and len(asked) not in (1, len(sources)):
                 raise ValueError(
                     f"need one question, or one per source: {len(asked)} questions, {len(sources)} sources"
                 )
-            pairs = list(enumerate(asked * len(sources) if len(asked) == 1 else asked))
-            alone = False
-        results, first = [], 0
-        for visual in self._encoded(sources, batch_size):
-            here = [(i - first, question) for i, question in pairs if first <= i < first + len(visual)]
-            first += len(visual)
-            for start in range(0, len(here), batch_size):
-                rows, batch = zip(*here[start : start + batch_size], strict=True)
-                results += question_answering.predict(
-                    self.parts, self.tokenizer, visual[list(rows)], batch, task=task, **options
-                )
-        results = results if return_scores else [answer for answer, _ in results]
-        return results[0] if alone else results
+            is_one = not _is_stream(sources) and len(asked) == 1
+            pairs = zip(visuals, itertools.repeat(asked[0]) if is_one else asked, strict=not is_one)
+        found = question_answering.stream(
+            self.parts, self.tokenizer, pairs, batch_size=batch_size, task=task, **options
+        )
+        answers = (pair if return_scores else pair[0] for pair in _in_order(found))
+        if _is_stream(sources):
+            return answers
+        return next(answers) if _is_single(sources) and isinstance(questions, str) else list(answers)
 
     @torch.no_grad()
     def encode_video(self, sources, *, normalize: bool = False, batch_size: int = 8) -> Tensor | Iterator[Tensor]:
@@ -143,9 +130,8 @@ class Model(nn.Module):
         def finish(pooled: Tensor) -> Tensor:
             return nn.functional.normalize(pooled, dim=-1) if normalize else pooled
 
-        if _is_stream(sources):
-            return (finish(visual[0]) for visual in self._stream(sources, batch_size))
-        return finish(torch.cat([visual[:, 0] for visual in self._encoded(sources, batch_size)]))
+        pooled = (finish(visual[0]) for visual in self._visuals(sources, batch_size))
+        return pooled if _is_stream(sources) else torch.stack(list(pooled))
 
     encode_image = encode_video
 
@@ -207,10 +193,13 @@ class Model(nn.Module):
                 visual = self.parts.encode_vision(video.to(p.dtype))
             yield from zip(numbers, visual, strict=True)
 
-    def _stream(self, sources: Iterable, batch_size: int) -> Iterator[Tensor]:
-        """Visual tokens (K, D) of an iterable's videos, in order; tensors in it are batches."""
+    def _visuals(self, sources, batch_size: int) -> Iterator[Tensor]:
+        """Visual tokens (K, D) of videos, in order; tensors in an iterable that is read as it goes are batches."""
+        if not _is_stream(sources):
+            yield from itertools.chain.from_iterable(self._encoded(sources, batch_size))
+            return
         read = read_ahead(self._read_frames, sources, ahead=2 * batch_size)
-        return _in_order(self.encode_each(itertools.chain.from_iterable(read), batch_size))
+        yield from _in_order(self.encode_each(itertools.chain.from_iterable(read), batch_size))
 
     def _read_frames(self, source) -> list[Tensor]:
         if not isinstance(source, Tensor):

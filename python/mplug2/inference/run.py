@@ -32,7 +32,7 @@ class Work(Protocol):
 class Captioning:
     """{"caption", "score"} of every file; {"captions", "scores"}, best first, where num_captions > 1.
 
-    options: see `tasks.captioning.predict`.
+    options: see `tasks.captioning.stream`.
     """
 
     num_captions: int = 1
@@ -50,7 +50,7 @@ class Captioning:
 
 @dataclass(frozen=True)
 class Answering:
-    """{"question", "answer", "score"} of every question of every file. options: see `tasks.question_answering`."""
+    """{"question", "answer", "score"} of every question of every file; options: `tasks.question_answering.stream`."""
 
     options: dict = field(default_factory=dict)
 

@@ -278,9 +278,14 @@ def test_reading_stays_a_bounded_number_ahead(clip):
             yield Item(str(i), clip)
 
     with Reader(items(), Transform(64), num_frames=8, num_workers=1, ahead=3) as reader:
-        for done, _ in enumerate(islice(reader, 10), 1):
-            time.sleep(0.02)
-            assert len(taken) <= done + 3 + 1 + 1  # waiting, with the worker, and the one before it was counted
+        found = iter(reader)
+        next(found)
+        held = 0
+        while held != len(taken):  # until it stands still
+            held = len(taken)
+            time.sleep(0.5)
+        assert held <= 1 + 3 + 1  # taken from it, waiting, in work
+        assert len(list(found)) == 99
 
 
 def test_an_error_of_the_source_ends_the_run():

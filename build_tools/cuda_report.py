@@ -110,8 +110,7 @@ def _kernels(source: Path, arch: str, tools: dict[str, str]) -> list[Kernel]:
 
 def _compiled(source: Path, arch: str, nvcc: str) -> tuple[Path, str]:
     """The machine code and what ptxas said, from build/cubin/ where nothing that matters has changed."""
-    op = source.relative_to(digests.CSRC).parts[0]
-    key = [_run([nvcc, "--version"]), arch, source.name, digests.digest(op), digests.bare(source.read_text())]
+    key = [_run([nvcc, "--version"]), arch, source.name, digests.digest_of_files(source)]
     cubin = CACHE / f"{source.stem}-{arch}-{hashlib.sha256(' '.join(key).encode()).hexdigest()[:20]}.cubin"
     log = cubin.with_suffix(".log")
     if not log.is_file():

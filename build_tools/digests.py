@@ -1,8 +1,9 @@
 """Digests of the CUDA kernels: what a proof on a GPU (mplug2 doctor) is valid for.
 
-The digest of an op is the SHA-256 of the text of its CUDA sources and of every file of csrc/ that they include, without
-comments, layout and the emulator's halves; of the CUTLASS version; and of the compiler flags that change what a kernel
-computes. Paths, compilers and the list of architectures are not part of it.
+A unit is a translation unit that launches kernels, csrc/<op>/<unit>_cuda.cu. Its digest is the SHA-256 of its text, of
+that of the instantiations in csrc/<op>/inst/ and of every file of csrc/ that they include, without comments, layout and
+the emulator's halves; of the CUTLASS version; and of the compiler flags that change what a kernel computes. Paths,
+compilers and the list of architectures are not part of it.
 
     python build_tools/digests.py                print them
     python build_tools/digests.py --write FILE   the C++ file that the build compiles into the library
@@ -33,10 +34,15 @@ def ops() -> list[str]:
     return sorted({path.parent.name for path in CSRC.glob("*/*_cuda.cu")} - {"core"})
 
 
-def sources(op: str) -> dict[Path, str]:
-    """Every file that the kernels of `op` are made of, with its text as nvcc sees it."""
+def units() -> dict[str, Path]:
+    """Translation units that launch kernels, by their name in MPLUG2_DIGEST(name)."""
+    return {path.name.removesuffix("_cuda.cu"): path for op in ops() for path in sorted((CSRC / op).glob("*_cuda.cu"))}
+
+
+def sources(*roots: Path) -> dict[Path, str]:
+    """`roots` and every file of csrc/ that they include, with its text as nvcc sees it."""
     found: dict[Path, str] = {}
-    left = sorted([*(CSRC / op).glob("*_cuda.cu"), *(CSRC / op).glob("inst/*.cu")])
+    left = list(roots)
     while left:
         path = left.pop()
         if path in found:
@@ -71,32 +77,37 @@ def bare(text: str) -> str:
     return " ".join(token for token in TOKEN.findall(text) if not token.startswith(("//", "/*")))
 
 
-def digest(op: str, extra_flags: str = "") -> str:
+def digest(unit: str, extra_flags: str = "") -> str:
     """`extra_flags`: what the builder added to nvcc's command line."""
+    path = units()[unit]
+    return digest_of_files(path, *path.parent.glob("inst/*.cu"), extra_flags=extra_flags)
+
+
+def digest_of_files(*roots: Path, extra_flags: str = "") -> str:
     text = [f"cutlass {cutlass_headers.VERSION}", " ".join([*FLAGS, *extra_flags.split()])]
     # Sorted by their text: a file's name says nothing about what it computes.
-    text += sorted(bare(source) for source in sources(op).values())
+    text += sorted(bare(source) for source in sources(*roots).values())
     return hashlib.sha256("\n".join(text).encode()).hexdigest()
 
 
 def cpp(extra_flags: str) -> str:
-    cases = "".join(f'  if (name == "{op}") return "{digest(op, extra_flags)}";\n' for op in ops())
+    cases = "".join(f'  if (name == "{unit}") return "{digest(unit, extra_flags)}";\n' for unit in units())
     return (
         "// Written by build_tools/digests.py.\n#include <string_view>\n\n"
-        "namespace mplug2 {\n\nconst char* digest_of(const char* op) {\n  const std::string_view name = op;\n"
+        "namespace mplug2 {\n\nconst char* digest_of(const char* unit) {\n  const std::string_view name = unit;\n"
         f'{cases}  return "none";\n}}\n\n}}  // namespace mplug2\n'
     )
 
 
 def voided() -> list[str]:
-    """One line per record of proven.json whose digest is not that of its op now."""
-    now = {op: digest(op) for op in ops()}
+    """One line per record of proven.json whose digest is that of no unit of its op now."""
+    now = {(path.parent.name, digest(unit)) for unit, path in units().items()}
     records = json.loads(PROVEN.read_text(encoding="utf-8"))["records"]
     return [
         f"voided: {record['instance']} on {record['capability']} ({record.get('device', 'device unknown')}, "
         f"{record.get('date', 'date unknown')}): the sources of {record['op']} have changed since"
         for record in records
-        if now.get(record["op"]) != record["digest"]
+        if (record["op"], record["digest"]) not in now
     ]
 
 
@@ -117,8 +128,8 @@ def main() -> None:
         lines = voided()
         print("\n".join(lines) if lines else "every record of proven.json is of these sources")
     else:
-        for op in ops():
-            print(f"{digest(op, options.extra_flags)}  {op}")
+        for unit in units():
+            print(f"{digest(unit, options.extra_flags)}  {unit}")
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ from mplug2 import proofs
 ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
 ctypes.CDLL(sys.argv[2], mode=os.RTLD_LAZY)  # symbols of libtorch_cuda stay open, which a CPU build does not have
 for instance in proofs.instances(torch.ops.mplug2_cuda):
-    print(instance.op, instance.digest)
+    print(instance.op, instance.name, instance.digest)
 for schema in torch._C._jit_get_all_schemas():
     if schema.name.startswith("mplug2::") and torch._C._dispatch_has_kernel_for_dispatch_key(schema.name, "CUDA"):
         print("kernel", schema.name)
@@ -131,7 +131,7 @@ def _runtime() -> Path | None:
     return next(found, None)
 
 
-def test_library_registers_every_op_with_the_digest_of_its_sources():
+def test_library_registers_every_instance_with_the_digest_of_its_unit():
     path = _library._find("_cuda.so")
     if path is None or _runtime() is None:
         pytest.skip("no _cuda.so was built" if path is None else "no CUDA runtime library")
@@ -140,6 +140,11 @@ def test_library_registers_every_op_with_the_digest_of_its_sources():
     assert done.returncode == 0, done.stderr
     *lines, last = (tuple(line.split()) for line in done.stdout.splitlines())
     kernels = {line[1] for line in lines if line[0] == "kernel"}
-    assert {line for line in lines if line[0] != "kernel"} == {(op, digests.digest(op)) for op in digests.ops()}
+    digest_of = {
+        (path.parent.name, name): digests.digest(unit)
+        for unit, path in digests.units().items()
+        for name in re.findall(r'"(\w+)",\s*MPLUG2_DIGEST', path.read_text(encoding="utf-8"))
+    }
+    assert {line[:2]: line[2] for line in lines if line[0] != "kernel"} == digest_of
     assert {f"mplug2::{op}_fwd" for op in digests.ops()} <= kernels
     assert last == ("initialised", "False")

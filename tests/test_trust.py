@@ -4,6 +4,7 @@ Doctor and the table of proofs run here on the emulated kernels, with the same c
 """
 
 import json
+import re
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -79,6 +80,7 @@ def digests(monkeypatch, tmp_path):
         "add/add_cuda.cu": '#include "add/add_fwd.cuh"\nconst char* kName = "a // b";\n',
         "add/add_fwd.cuh": '#include "core/device.h"\n// adds\nint add(int a, int b) { return a + b; }\n',
         "add/add_cpu.cpp": "int cpu;\n",
+        "add/add_many_cuda.cu": '#include "core/device.h"\nint many;\n',
     }.items():
         (tmp_path / "csrc" / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "csrc" / path).write_text(text)
@@ -98,10 +100,12 @@ def digests(monkeypatch, tmp_path):
         ("core/device.h", "int real;", "int other;", True),
         ("core/unused.h", "int unused;", "int other;", False),
         ("add/add_cpu.cpp", "int cpu;", "int other;", False),
+        ("add/add_many_cuda.cu", "int many;", "int other;", False),
     ],
 )
 def test_digest_changes_with_what_the_kernel_computes_and_with_nothing_else(digests, path, old, new, changes):
     assert digests.ops() == ["add"]
+    assert list(digests.units()) == ["add", "add_many"]
     before = digests.digest("add")
     file = digests.CSRC / path
     assert old in file.read_text()
@@ -118,12 +122,27 @@ def test_digest_holds_the_flags_and_the_version_of_cutlass(digests, monkeypatch)
 
 def test_voided_records_are_named(digests):
     good = replace(RECORD, op="add", instance="add_fwd", digest=digests.digest("add"))
-    proofs.write(digests.PROVEN, [good])
+    many = replace(good, instance="add_many_fwd", digest=digests.digest("add_many"))
+    assert many.digest != good.digest
+    proofs.write(digests.PROVEN, [good, many])
     assert digests.voided() == []
+    file = digests.CSRC / "add" / "add_many_cuda.cu"
+    file.write_text(file.read_text().replace("many", "other"))
+    assert [line.split()[1] for line in digests.voided()] == ["add_many_fwd"]
+    digests.PROVEN.unlink()
     proofs.write(digests.PROVEN, [RECORD])
     assert digests.voided() == [
         "voided: linear_fwd_bf16 on 9.0 (A GPU, 2026-01-02): the sources of linear have changed since"
     ]
+
+
+def test_every_instance_has_the_digest_of_the_unit_that_names_it(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "build_tools")
+    import digests
+
+    for unit, path in digests.units().items():
+        named = re.findall(r"MPLUG2_DIGEST\((\w+)\)", path.read_text(encoding="utf-8"))
+        assert set(named) <= {unit}, f"{path.name}: MPLUG2_DIGEST of {set(named)}, must be of {unit}"
 
 
 # ---- the table of proofs and the layer ------------------------------------------------------------------------------

@@ -11,10 +11,8 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const
   const AttentionShape shape = check_attention(q, k, v, key_lengths, key_mask);
   const Device device(q);
   const attention::Call call{shape, q, k, v, key_lengths, key_mask, causal, scale};
-  if (call.is_for_kernels()) {
-    if (auto outputs = attention::short_forward(device, call, return_lse)) return *outputs;
-    if (auto outputs = attention::tiled_forward(device, call, return_lse)) return *outputs;
-  }
+  if (auto outputs = attention::short_forward(device, call, return_lse)) return *outputs;
+  if (auto outputs = attention::tiled_forward(device, call, return_lse)) return *outputs;
   return mplug2::call<std::tuple<Tensor, Tensor>>("mplug2::attention_fwd_reference", "", q, k, v, key_lengths, key_mask,
                                                   causal, scale, return_lse);
 }
@@ -26,12 +24,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& dout, const Tenso
   const AttentionShape shape = check_attention_bwd(dout, q, k, v, out, key_lengths, key_mask);
   const Device device(q);
   const attention::Call call{shape, q, k, v, key_lengths, key_mask, causal, scale};
-  if (call.is_for_kernels() && lse.numel() > 0) {  // none, where the forward pass knew that no kernel would serve
-    check_shape("attention", "lse", lse, "[B*G, N, S]", {q.size(0), q.size(2), q.size(1)});
-    const attention::Saved saved{dout, out, lse};
-    if (auto gradients = attention::short_backward(device, call, saved)) return *gradients;
-    if (auto gradients = attention::tiled_backward(device, call, saved)) return *gradients;
-  }
+  const attention::Saved saved{dout, out, lse};
+  if (auto gradients = attention::short_backward(device, call, saved)) return *gradients;
+  if (auto gradients = attention::tiled_backward(device, call, saved)) return *gradients;
   return mplug2::call<std::tuple<Tensor, Tensor, Tensor>>("mplug2::attention_bwd_reference", "", dout, q, k, v, out,
                                                           lse, key_lengths, key_mask, causal, scale);
 }

@@ -33,6 +33,13 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor>;  // dq, dk, dv
 struct Saved {
   Tensor dout, out;  // (B*G, S, N, H)
   Tensor lse;        // (B*G, N, S) float32
+
+  // Not where the forward pass knew that no kernel would serve.
+  bool has_lse(const Call& call) const {
+    if (lse.numel() == 0) return false;
+    check_shape("attention", "lse", lse, "[B*G, N, S]", {call.q.size(0), call.q.size(2), call.q.size(1)});
+    return true;
+  }
 };
 
 // Up to 320 queries and 320 keys, no mask, one group.

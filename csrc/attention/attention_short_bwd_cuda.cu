@@ -5,8 +5,8 @@
 namespace mplug2::attention {
 namespace {
 
-const Instances kShort{{"attention", "attention_bwd_short_bf16", MPLUG2_DIGEST(attention)},
-                       {"attention", "attention_bwd_short_fp16", MPLUG2_DIGEST(attention)}};
+const Instances kShort{{"attention", "attention_bwd_short_bf16", MPLUG2_DIGEST(attention_short_bwd)},
+                       {"attention", "attention_bwd_short_fp16", MPLUG2_DIGEST(attention_short_bwd)}};
 
 // ds of all queries in shared memory where they fit, else of a block of them.
 ShortBwdLayout layout_of(const Device& device, int queries, int keys) {
@@ -49,7 +49,8 @@ Gradients backward(const Device& device, const Call& call, const Saved& saved) {
 
 std::optional<Gradients> short_backward(const Device& device, const Call& call, const Saved& saved) {
   const auto& shape = call.shape;
-  if (call.has_mask() || shape.groups != 1 || shape.queries > kShortBwdRows || shape.keys > kShortBwdKeys ||
+  if (!call.is_for_kernels() || !saved.has_lse(call) || call.has_mask() || shape.groups != 1 ||
+      shape.queries > kShortBwdRows || shape.keys > kShortBwdKeys ||
       layout_of(device, static_cast<int>(shape.queries), static_cast<int>(shape.keys)).bytes >
           device.max_shared_bytes() ||
       !kShort.serve(device, call.q.scalar_type()))

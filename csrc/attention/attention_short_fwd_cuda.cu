@@ -5,8 +5,8 @@
 namespace mplug2::attention {
 namespace {
 
-const Instances kShort{{"attention", "attention_fwd_short_bf16", MPLUG2_DIGEST(attention)},
-                       {"attention", "attention_fwd_short_fp16", MPLUG2_DIGEST(attention)}};
+const Instances kShort{{"attention", "attention_fwd_short_bf16", MPLUG2_DIGEST(attention_short_fwd)},
+                       {"attention", "attention_fwd_short_fp16", MPLUG2_DIGEST(attention_short_fwd)}};
 
 bool is_short(const Call& call) {
   return !call.has_mask() && call.shape.groups == 1 && call.shape.queries <= kShortRows &&
@@ -32,7 +32,8 @@ Outputs forward(const Device& device, const Call& call, bool return_lse) {
 }  // namespace
 
 std::optional<Outputs> short_forward(const Device& device, const Call& call, bool return_lse) {
-  if (!is_short(call) || short_fwd_shared_bytes(static_cast<int>(call.shape.keys)) > device.max_shared_bytes() ||
+  if (!call.is_for_kernels() || !is_short(call) ||
+      short_fwd_shared_bytes(static_cast<int>(call.shape.keys)) > device.max_shared_bytes() ||
       !kShort.serve(device, call.q.scalar_type()))
     return std::nullopt;
   const auto run = call.q.scalar_type() == ScalarType::BFloat16 ? forward<bf16> : forward<fp16>;

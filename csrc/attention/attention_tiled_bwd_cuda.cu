@@ -9,12 +9,12 @@
 namespace mplug2::attention {
 namespace {
 
-const TiledInstances kBackward{{{"attention", "attention_bwd_few_bf16", MPLUG2_DIGEST(attention)},
-                                {"attention", "attention_bwd_few_fp16", MPLUG2_DIGEST(attention)}},
-                               {{"attention", "attention_bwd_padded_bf16", MPLUG2_DIGEST(attention)},
-                                {"attention", "attention_bwd_padded_fp16", MPLUG2_DIGEST(attention)}},
-                               {{"attention", "attention_bwd_many_bf16", MPLUG2_DIGEST(attention)},
-                                {"attention", "attention_bwd_many_fp16", MPLUG2_DIGEST(attention)}}};
+const TiledInstances kBackward{{{"attention", "attention_bwd_few_bf16", MPLUG2_DIGEST(attention_tiled_bwd)},
+                                {"attention", "attention_bwd_few_fp16", MPLUG2_DIGEST(attention_tiled_bwd)}},
+                               {{"attention", "attention_bwd_padded_bf16", MPLUG2_DIGEST(attention_tiled_bwd)},
+                                {"attention", "attention_bwd_padded_fp16", MPLUG2_DIGEST(attention_tiled_bwd)}},
+                               {{"attention", "attention_bwd_many_bf16", MPLUG2_DIGEST(attention_tiled_bwd)},
+                                {"attention", "attention_bwd_many_fp16", MPLUG2_DIGEST(attention_tiled_bwd)}}};
 
 static_assert(std::max(kTiledDqSharedBytes, kTiledDkvSharedBytes) <= 99 * 1024, "what every GPU has");
 
@@ -120,8 +120,8 @@ std::optional<Gradients> tiled_backward(const Device& device, const Call& call, 
   const auto& [shape, q, k, v, key_lengths, key_mask, causal, scale] = call;
   constexpr int64_t kMost = 1 << 30;                                                 // queries of a group, or keys
   const int64_t tiles = std::max(shape.total_queries(), shape.keys) / kOwnRows + 1;  // at most
-  if (shape.total_queries() > kMost || shape.keys > kMost || shape.batch * shape.heads > INT32_MAX / tiles ||
-      !kBackward.serve(device, call))
+  if (!call.is_for_kernels() || !saved.has_lse(call) || shape.total_queries() > kMost || shape.keys > kMost ||
+      shape.batch * shape.heads > INT32_MAX / tiles || !kBackward.serve(device, call))
     return std::nullopt;
   const auto contiguous = [](const std::optional<Tensor>& t) {
     return t ? std::optional(torch::stable::contiguous(*t)) : std::nullopt;

@@ -8,12 +8,12 @@ namespace mplug2::attention {
 namespace {
 
 // One kernel, three names for what it does: where something else is faster for one of them, that one can be left.
-const TiledInstances kForward{{{"attention", "attention_fwd_few_bf16", MPLUG2_DIGEST(attention)},
-                               {"attention", "attention_fwd_few_fp16", MPLUG2_DIGEST(attention)}},
-                              {{"attention", "attention_fwd_padded_bf16", MPLUG2_DIGEST(attention)},
-                               {"attention", "attention_fwd_padded_fp16", MPLUG2_DIGEST(attention)}},
-                              {{"attention", "attention_fwd_many_bf16", MPLUG2_DIGEST(attention)},
-                               {"attention", "attention_fwd_many_fp16", MPLUG2_DIGEST(attention)}}};
+const TiledInstances kForward{{{"attention", "attention_fwd_few_bf16", MPLUG2_DIGEST(attention_tiled_fwd)},
+                               {"attention", "attention_fwd_few_fp16", MPLUG2_DIGEST(attention_tiled_fwd)}},
+                              {{"attention", "attention_fwd_padded_bf16", MPLUG2_DIGEST(attention_tiled_fwd)},
+                               {"attention", "attention_fwd_padded_fp16", MPLUG2_DIGEST(attention_tiled_fwd)}},
+                              {{"attention", "attention_fwd_many_bf16", MPLUG2_DIGEST(attention_tiled_fwd)},
+                               {"attention", "attention_fwd_many_fp16", MPLUG2_DIGEST(attention_tiled_fwd)}}};
 
 struct Grid {
   int tile;           // rows
@@ -96,8 +96,8 @@ Outputs forward(const Device& device, const Call& call, bool return_lse) {
 std::optional<Outputs> tiled_forward(const Device& device, const Call& call, bool return_lse) {
   const auto& [shape, q, k, v, key_lengths, key_mask, causal, scale] = call;
   constexpr int64_t kMost = 1 << 30;  // queries of a group, or keys
-  if (shape.total_queries() > kMost || shape.keys > kMost || grid_of(shape).blocks > INT32_MAX ||
-      !kForward.serve(device, call))
+  if (!call.is_for_kernels() || shape.total_queries() > kMost || shape.keys > kMost ||
+      grid_of(shape).blocks > INT32_MAX || !kForward.serve(device, call))
     return std::nullopt;
   const auto contiguous = [](const std::optional<Tensor>& t) {
     return t ? std::optional(torch::stable::contiguous(*t)) : std::nullopt;

@@ -2,7 +2,7 @@
 #pragma once
 #include "core/launch.h"
 
-// The digest of an op's sources, by the name of its folder.
+// The digest of an op's sources, by the stem of the unit that launches them (<stem>_cuda.cu).
 #define MPLUG2_DIGEST(op) mplug2::digest_of(#op)
 
 namespace mplug2 {

@@ -9,10 +9,10 @@
 namespace mplug2::linear {
 namespace {
 
-const Instances kFwd{{"linear", "linear_fwd_bf16", MPLUG2_DIGEST(linear)},
-                     {"linear", "linear_fwd_fp16", MPLUG2_DIGEST(linear)}};
-const Instances kBwd{{"linear", "linear_bwd_bf16", MPLUG2_DIGEST(linear)},
-                     {"linear", "linear_bwd_fp16", MPLUG2_DIGEST(linear)}};
+const Instances kFwd{{"linear", "linear_fwd_bf16", MPLUG2_DIGEST(linear_passes)},
+                     {"linear", "linear_fwd_fp16", MPLUG2_DIGEST(linear_passes)}};
+const Instances kBwd{{"linear", "linear_bwd_bf16", MPLUG2_DIGEST(linear_passes)},
+                     {"linear", "linear_bwd_fp16", MPLUG2_DIGEST(linear_passes)}};
 
 // out = activation(pre) + residual; pre and out may be the same tensor.
 template <class T>

@@ -8,8 +8,8 @@ namespace mplug2::linear {
 #if defined(MPLUG2_HAVE_SM80)
 namespace {
 
-const Instances kProduct{{"linear", "linear_fwd_product_bf16", MPLUG2_DIGEST(linear)},
-                         {"linear", "linear_fwd_product_fp16", MPLUG2_DIGEST(linear)}};
+const Instances kProduct{{"linear", "linear_fwd_product_bf16", MPLUG2_DIGEST(linear_product)},
+                         {"linear", "linear_fwd_product_fp16", MPLUG2_DIGEST(linear_product)}};
 
 constexpr int64_t kMaxRows = 1 << 30;  // CUTLASS counts them in 32 bits, and rounds up
 

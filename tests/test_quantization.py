@@ -13,7 +13,7 @@ from mplug2.cli import app
 from mplug2.data.clothes.folder import draw_file
 from mplug2.data.clothes.pictures import BUNDLED, read_pictures
 from mplug2.data.clothes.scripts import write_scripts
-from mplug2.modules.layers import Linear
+from mplug2.modules.layers import CrossAttention, Linear
 from mplug2.ops import reference
 from mplug2.quantization import Int8Linear, is_quantized, is_supported, quantize_int8, round_rows, weight_bytes
 
@@ -163,6 +163,10 @@ def test_quantized_layers_are_for_inference():
         layer(x.detach(), residual=x.detach())
     with pytest.raises(RuntimeError, match="stays on the CPU and in its dtype"):
         layer.to(torch.bfloat16)
+    cross = CrossAttention(16, 2).eval()
+    cross.key_value = Int8Linear(cross.key_value)
+    with pytest.raises(RuntimeError, match="leave absorb out"):
+        cross(x.detach()[None], x.detach()[None])
 
 
 def test_a_quantized_model_is_not_saved(tmp_path):

@@ -37,6 +37,10 @@ class Int8Linear(nn.Module):
         self.num_bytes = rounded.numel() + 4 * self.out_features * (2 if linear.bias is None else 3)
         self.eval()
 
+    @property
+    def weight(self) -> Tensor:
+        raise RuntimeError("int8 linear: has no weight to read, as an absorbed context does; leave absorb out")
+
     def forward(self, x: Tensor, *, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
         """x (..., in), float32, bfloat16 or float16 -> (..., out) of its dtype; see `ops.linear`.
 

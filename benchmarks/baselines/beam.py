@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from baselines.structure import PublishedDecoder
 from torch import Tensor
 
+from baselines.structure import PublishedDecoder
 from mplug2.generation import Hypothesis
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from baselines.structure import PublishedDecoder
 from torch import Tensor
+
+from baselines.structure import PublishedDecoder
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Encoder and decoder as the published code builds them. Weights are those of our modules, shared where the layout allows."""
+"""Encoder and decoder as the published code builds them, over the weights of our modules."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 OF_DEVICE = {"cpu": ("bfloat16", "float32"), "cuda": ("bfloat16", "float16")}  # measured where nothing is said
 COLUMNS = ("op", "dtype", "shape", "candidate", "median_ms", "p20_ms", "p80_ms", "tflops", "error", "command")
 CUDA_COLUMNS = (*COLUMNS, "tbps", "of_roof", "of_ours", "error_ratio", "layer", "device", "driver", "revision")
+MODEL_COLUMNS = ("tokens_per_s", "peak_mb")  # behind either
 
 # Of this process, set by arguments(): what times are taken on, and what it can do.
 _device = torch.device("cpu")
@@ -52,7 +53,7 @@ class Timing:
 def arguments(description: str, **defaults: int | str) -> argparse.Namespace:
     """--device, --dtype, --threads, --rounds, --no-compile, where results go, and one option for each of `defaults`."""
     global _device, _results, _revision, _roof
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=list(DTYPES), nargs="+", help="[default: those with kernels]")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -62,7 +63,8 @@ def arguments(description: str, **defaults: int | str) -> argparse.Namespace:
     parser.add_argument("--ceilings", type=Path, help="JSON of ceilings.py, for the share of the roof on CUDA")
     parser.add_argument("--revision", default="", help="name of these sources [default: git describe]")
     for name, value in defaults.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+        kind = {"action": "store_true"} if isinstance(value, bool) else {"type": type(value), "default": value}
+        parser.add_argument(f"--{name.replace('_', '-')}", **kind)
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device")
@@ -139,14 +141,24 @@ def present(candidates: dict[str, Callable[[], object]]) -> dict[str, Callable[[
 
 def measure(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
     """Run all candidates twice to warm up, then `rounds` times in turn."""
+    return {name: timing(values) for name, values in samples(candidates, rounds).items()}
+
+
+def samples(
+    candidates: dict[str, Callable[[], object]], rounds: int, *, once: Collection[str] = ()
+) -> dict[str, list[float]]:
+    """The milliseconds behind `measure`, round by round. Candidates of `once` take minutes: they run in the first round
+    alone, without warm-up."""
     take = _cuda_milliseconds if _device.type == "cuda" else _cpu_milliseconds
-    samples: dict[str, list[float]] = {name: [] for name in candidates}
-    for warm in (True, True, *[False] * rounds):
+    taken: dict[str, list[float]] = {name: [] for name in candidates}
+    for number in range(-2, rounds):
         for name, run in candidates.items():
+            if name in once and number != 0:
+                continue
             milliseconds = take(run)
-            if not warm:
-                samples[name].append(milliseconds)
-    return {name: _timing(values) for name, values in samples.items()}
+            if number >= 0:
+                taken[name].append(milliseconds)
+    return taken
 
 
 def _cpu_milliseconds(run: Callable[[], object]) -> float:
@@ -174,7 +186,9 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def _timing(values: Sequence[float]) -> Timing:
+def timing(values: Sequence[float]) -> Timing:
+    if len(values) == 1:
+        return Timing(values[0], values[0], values[0])
     cuts = statistics.quantiles(values, n=10, method="inclusive")
     return Timing(statistics.median(values), cuts[1], cuts[7])
 
@@ -238,15 +252,18 @@ def report(
     errors: dict[str, float] | None = None,
     baseline: str | None = None,
     layer: str = "",
+    tokens: float | None = None,
+    peaks: dict[str, float] | None = None,
 ) -> None:
     """Print one table and append it to <results>/<device>-<torch>.csv. Ratios are to the median of `ours`.
 
     `gflop`, `gigabytes` and `exponentials` (10^9) are what the op needs, whoever computes it; `errors` are against
-    float64, and error ratios to that of `baseline`.
+    float64, and error ratios to that of `baseline`. `tokens` are what every candidate writes; `peaks` are megabytes.
     """
     base, is_cuda = timings[ours].median, _device.type == "cuda"
     roof = roof_milliseconds(_roof, gflop, gigabytes, exponentials)
     more = f"{'TB/s':>8}{'of roof':>9}{'ratio':>8}" if is_cuda else ""
+    more += f"{'tokens/s':>10}" * bool(tokens) + f"{'peak MB':>10}" * bool(peaks)
     print(f"\n{op} {dtype} {shape}")
     print(f"{'':34}{'median ms':>10}{'p20':>9}{'p80':>9}{'of ours':>9}{'TFLOP/s':>9}{'error':>10}{more}")
     rows = []
@@ -263,6 +280,10 @@ def report(
             more = f"{moved:>8}{share:>9}{ratio:>8}"
             place = [layer if name == ours else "", torch.cuda.get_device_name(), driver(), revision()]
             row += [moved, share, f"{t.median / base:.3f}", ratio, *place]
+        speed = f"{1e3 * tokens / t.median:.1f}" if tokens else ""
+        peak = f"{peaks[name]:.0f}" if peaks and name in peaks else ""
+        row += [speed, peak]
+        more += f"{speed:>10}" * bool(tokens) + f"{peak:>10}" * bool(peaks)
         digits = 4 if is_cuda else 2
         print(
             f"{name:34}{t.median:10.{digits}f}{t.p20:9.{digits}f}{t.p80:9.{digits}f}{t.median / base:8.2f}x"
@@ -276,7 +297,7 @@ def report(
     with path.open("a", newline="") as file:
         writer = csv.writer(file)
         if is_new:
-            writer.writerow(CUDA_COLUMNS if is_cuda else COLUMNS)
+            writer.writerow((*(CUDA_COLUMNS if is_cuda else COLUMNS), *MODEL_COLUMNS))
         writer.writerows(rows)
     if is_cuda:
         plot(path)

@@ -1,0 +1,194 @@
+"""Captions: the engine against the published way (benchmarks/baselines), eager and with every layer compiled.
+
+    python benchmarks/bench_generation.py --preset nano --batch 8
+    python benchmarks/bench_generation.py --preset large --dtype bfloat16 --rounds 3 --parts forced
+    python benchmarks/bench_generation.py --preset large --device cuda --batch 8
+
+--parts, joined by commas [default: all of them]:
+    forced   20 tokens each: encoder, decoding from the visual tokens on (ours: keys and values made in it), and both
+    natural  the same where 4 to 20 tokens are written
+    items    32 items, 8 at a time: those that are done make room at once, or when all 8 are done
+    memory   peak of one caption in a process of its own, weights included (baselines: 2 tokens, their peak is the same)
+
+Models and inputs: generation_cases.py. On a CPU the baselines of base and large run once, without warm-up. Beams of 5,
+rules "released". Encoder, captions' scores by the baseline's decoder: equal to ours up to rounding, or nothing is timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import baselines
+import bench
+import generation_cases as cases
+import torch
+from torch import Tensor
+
+from mplug2.generation import Hypothesis, beam_search
+from mplug2.model import Model
+from mplug2.tasks import captioning
+
+FORCED, NATURAL = (20, 20), (4, 20)  # min_length, max_length
+NUM_ITEMS, NUM_SLOTS = 32, 8
+NAMES = {"eager": "published way eager", "compiled": "published way compiled"}
+
+
+def main() -> None:
+    args = bench.arguments(
+        __doc__, preset="large", batch=1, parts="forced,natural,items,memory", quick=False, peak_of=""
+    )
+    with bench.our_layer() as layer, torch.no_grad():
+        if args.peak_of:
+            measure_peak(args)
+            return
+        if args.quick:
+            args.rounds, args.parts, args.no_compile = 2, "forced", True
+        bench.start()
+        wanted = args.parts.split(",")
+        for dtype in args.dtype:
+            peaks = find_peaks(args, dtype) if "memory" in wanted else None
+            model = cases.make_model(args.preset, dtype, args.device)
+            if "forced" in wanted or "natural" in wanted:
+                captions(args, dtype, model, [part for part in wanted if part in LENGTHS], peaks, layer)
+            if "items" in wanted:
+                unequal_items(args, dtype, model, layer)
+    bench.finish()
+
+
+LENGTHS = {"forced": FORCED, "natural": NATURAL}
+
+
+class Way:
+    """One way to write captions: `encode` keeps the visual tokens, `decode` what is written."""
+
+    def __init__(self, encode: Callable[[Tensor], Tensor], search: Callable[..., list[list[Hypothesis]]]):
+        self._encode, self._search = encode, search
+        self.tokens: Tensor | None = None
+        self.found: list[list[Hypothesis]] = []
+
+    def encode(self, video: Tensor) -> None:
+        self.tokens = self._encode(video)
+
+    def decode(self, lengths: tuple[int, int], tokens: Tensor | None = None) -> None:
+        tokens = self.tokens if tokens is None else tokens
+        self.found = self._search(tokens, beam_size=5, min_length=lengths[0], max_length=lengths[1])
+
+
+def our_way(model: Model) -> Way:
+    decoder = model.parts.decoder
+    return Way(
+        model.parts.encode_vision, lambda tokens, **options: beam_search(decoder, decoder.project(tokens), **options)
+    )
+
+
+def published_way(model: Model, *, compiled: bool) -> Way:
+    encoder, decoder = baselines.PublishedEncoder(model.parts), baselines.PublishedDecoder(model.parts.decoder)
+    if compiled:
+        encoder, decoder = baselines.compile_layers(encoder), baselines.compile_layers(decoder)
+    return Way(encoder, lambda tokens, **options: baselines.beam_search(decoder, tokens, **options))
+
+
+def captions(args, dtype: str, model: Model, parts: list[str], peaks: dict[str, float] | None, layer: str) -> None:
+    video = cases.make_video(model, args.batch)
+    ways = {"ours": our_way(model), NAMES["eager"]: published_way(model, compiled=False)}
+    if not args.no_compile:
+        ways[NAMES["compiled"]] = published_way(model, compiled=True)
+    check(ways, video, model, dtype)
+    once = [name for name in NAMES.values() if args.preset != "nano" and args.device == "cpu"]
+    for part in parts:
+        lengths = LENGTHS[part]
+        candidates = {}
+        for name, way in ways.items():
+            candidates[f"{name}: encoder"] = lambda way=way: way.encode(video)
+            candidates[f"{name}: decoding"] = lambda way=way, lengths=lengths: way.decode(lengths)
+        apart = [f"{name}: {stage}" for name in once for stage in ("encoder", "decoding")]
+        taken = bench.samples(candidates, args.rounds, once=apart)
+        written = [len(item[0].ids) - 1 for item in ways["ours"].found]
+        print(f"\n{part} lengths: ours writes {written}")
+        for name, way in ways.items():
+            equal = sum(a[0].ids == b[0].ids for a, b in zip(way.found, ways["ours"].found, strict=True))
+            print(f"{name}: {equal} of {args.batch} captions equal ours, {sum(map(spent, way.found))} tokens read")
+        stages = {stage: {name: taken[f"{name}: {stage}"] for name in ways} for stage in ("encoder", "decoding")}
+        stages["caption"] = {
+            name: [sum(pair) for pair in zip(*(stages[s][name] for s in ("encoder", "decoding")), strict=True)]
+            for name in ways
+        }
+        for stage, of_ways in stages.items():
+            bench.report(
+                f"generation {stage}", dtype, f"{args.preset} B={args.batch} {part} tokens={sum(written)}",
+                {name: bench.timing(values) for name, values in of_ways.items()}, layer=layer,
+                tokens=None if stage == "encoder" else sum(written), peaks=peaks if stage == "caption" else None,
+            )  # fmt: skip
+
+
+def spent(found: list[Hypothesis]) -> int:
+    return len(found[0].ids) - 1
+
+
+def check(ways: dict[str, Way], video: Tensor, model: Model, dtype: str) -> None:
+    """States and scores as ours; compiles what is compiled, for one and for several tokens."""
+    ours = ways["ours"]
+    ours.encode(video)
+    ours.decode(FORCED)
+    for name, way in ways.items():
+        if name != "ours":
+            way.encode(video)
+            cases.check_states(way.tokens, ours.tokens, dtype, name)
+            way.decode((3, 3))
+    decoder = baselines.PublishedDecoder(model.parts.decoder)
+    for item, found in enumerate(ours.found):
+        cases.check_score(decoder, ours.tokens[item : item + 1], found[0], FORCED[0], dtype)
+
+
+def unequal_items(args, dtype: str, model: Model, layer: str) -> None:
+    """Items that end at lengths of their own, a few at a time."""
+    decoder, tokens = model.parts.decoder, cases.make_tokens(model, NUM_ITEMS)
+    options = {"min_length": NATURAL[0], "max_length": NATURAL[1]}
+    written = {}
+
+    def flowing() -> None:
+        written["ours"] = dict(captioning.stream(model.parts, model.tokenizer, tokens, batch_size=NUM_SLOTS, **options))
+
+    def static() -> None:
+        found = []
+        for batch in tokens.split(NUM_SLOTS):
+            found += beam_search(decoder, decoder.project(batch), **options)
+        written["static"] = found
+
+    timings = {
+        name: bench.timing(values)
+        for name, values in bench.samples({"ours": flowing, f"batches of {NUM_SLOTS}": static}, args.rounds).items()
+    }
+    lengths = [len(item[0].ids) - 1 for item in written["static"]]
+    equal = sum(
+        abs(written["ours"][i][0][1] - item[0].score) <= cases.TOLERANCES[dtype] * abs(item[0].score)
+        for i, item in enumerate(written["static"])
+    )
+    print(f"\nlengths {sorted(lengths)}; {equal} of {NUM_ITEMS} scores alike")
+    shape = f"{args.preset} {NUM_ITEMS} items, {NUM_SLOTS} at a time, tokens={sum(lengths)}"
+    bench.report("generation unequal items", dtype, shape, timings, layer=layer, tokens=sum(lengths))
+
+
+def find_peaks(args, dtype: str) -> dict[str, float]:
+    options = ("--preset", args.preset, "--dtype", dtype, "--batch", str(args.batch), "--device", args.device)
+    options += ("--threads", str(args.threads))
+    names = {"ours": "ours", **NAMES}
+    return {name: cases.peak_of(*options, "--peak-of", key) for key, name in names.items() if key != "compiled"}
+
+
+def measure_peak(args) -> None:
+    model = cases.make_model(args.preset, args.dtype[0], args.device)
+    video = cases.make_video(model, args.batch)
+    way = our_way(model) if args.peak_of == "ours" else published_way(model, compiled=False)
+    lengths = FORCED if args.peak_of == "ours" else (2, 2)
+    del model
+
+    def caption() -> None:
+        way.encode(video)
+        way.decode(lengths)
+
+    cases.print_peak(caption, args.device)
+
+
+if __name__ == "__main__":
+    main()

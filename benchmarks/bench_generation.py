@@ -11,7 +11,7 @@
     memory   peak of one caption in a process of its own, weights included (baselines: 2 tokens, their peak is the same)
 
 Models and inputs: generation_cases.py. On a CPU the baselines of base and large run once, without warm-up. Beams of 5,
-rules "released". Encoder, captions' scores by the baseline's decoder: equal to ours up to rounding, or nothing is timed.
+rules "released". Nothing is timed unless states and the scores of captions are alike up to rounding.
 """
 
 from __future__ import annotations
@@ -95,34 +95,37 @@ def captions(args, dtype: str, model: Model, parts: list[str], peaks: dict[str, 
         ways[NAMES["compiled"]] = published_way(model, compiled=True)
     check(ways, video, model, dtype)
     once = [name for name in NAMES.values() if args.preset != "nano" and args.device == "cpu"]
+    encoders = {f"{name}: encoder": lambda way=way: way.encode(video) for name, way in ways.items()}
+    encoding: dict[str, list[float]] = {}
     for part in parts:
-        lengths = LENGTHS[part]
-        candidates = {}
-        for name, way in ways.items():
-            candidates[f"{name}: encoder"] = lambda way=way: way.encode(video)
-            candidates[f"{name}: decoding"] = lambda way=way, lengths=lengths: way.decode(lengths)
-        apart = [f"{name}: {stage}" for name in once for stage in ("encoder", "decoding")]
-        taken = bench.samples(candidates, args.rounds, once=apart)
-        written = [len(item[0].ids) - 1 for item in ways["ours"].found]
-        print(f"\n{part} lengths: ours writes {written}")
+        decoders = {name: lambda way=way, lengths=LENGTHS[part]: way.decode(lengths) for name, way in ways.items()}
+        candidates = decoders if encoding else {**encoders, **decoders}
+        taken = bench.samples(candidates, args.rounds, once=[*once, *(f"{name}: encoder" for name in once)])
+        decoding = {name: taken[name] for name in ways}
+        shape = f"{args.preset} B={args.batch}"
+        if not encoding:
+            encoding = {name: taken[f"{name}: encoder"] for name in ways}
+            bench.report("generation encoder", dtype, shape, timings(encoding), layer=layer)
+        caption = {name: list(map(sum, zip(encoding[name], decoding[name], strict=True))) for name in ways}
+        written = new_tokens(ways["ours"].found)
+        print(f"\n{part}: ours writes {written} tokens")
         for name, way in ways.items():
             equal = sum(a[0].ids == b[0].ids for a, b in zip(way.found, ways["ours"].found, strict=True))
-            print(f"{name}: {equal} of {args.batch} captions equal ours, {sum(map(spent, way.found))} tokens read")
-        stages = {stage: {name: taken[f"{name}: {stage}"] for name in ways} for stage in ("encoder", "decoding")}
-        stages["caption"] = {
-            name: [sum(pair) for pair in zip(*(stages[s][name] for s in ("encoder", "decoding")), strict=True)]
-            for name in ways
-        }
-        for stage, of_ways in stages.items():
-            bench.report(
-                f"generation {stage}", dtype, f"{args.preset} B={args.batch} {part} tokens={sum(written)}",
-                {name: bench.timing(values) for name, values in of_ways.items()}, layer=layer,
-                tokens=None if stage == "encoder" else sum(written), peaks=peaks if stage == "caption" else None,
-            )  # fmt: skip
+            print(f"{name}: {equal} of {args.batch} captions are ours, {sum(new_tokens(way.found))} tokens")
+        shape += f" {part} tokens={sum(written)}"
+        bench.report("generation decoding", dtype, shape, timings(decoding), layer=layer, tokens=sum(written))
+        bench.report(
+            "generation caption", dtype, shape, timings(caption), layer=layer, tokens=sum(written), peaks=peaks
+        )
 
 
-def spent(found: list[Hypothesis]) -> int:
-    return len(found[0].ids) - 1
+def timings(taken: dict[str, list[float]]) -> dict[str, bench.Timing]:
+    return {name: bench.timing(values) for name, values in taken.items()}
+
+
+def new_tokens(found: list[list[Hypothesis]]) -> list[int]:
+    """Of each item's best hypothesis."""
+    return [len(best.ids) - 1 for best, *_ in found]
 
 
 def check(ways: dict[str, Way], video: Tensor, model: Model, dtype: str) -> None:
@@ -155,18 +158,15 @@ def unequal_items(args, dtype: str, model: Model, layer: str) -> None:
             found += beam_search(decoder, decoder.project(batch), **options)
         written["static"] = found
 
-    timings = {
-        name: bench.timing(values)
-        for name, values in bench.samples({"ours": flowing, f"batches of {NUM_SLOTS}": static}, args.rounds).items()
-    }
-    lengths = [len(item[0].ids) - 1 for item in written["static"]]
+    taken = bench.samples({"ours": flowing, f"batches of {NUM_SLOTS}": static}, args.rounds)
+    lengths = new_tokens(written["static"])
     equal = sum(
         abs(written["ours"][i][0][1] - item[0].score) <= cases.TOLERANCES[dtype] * abs(item[0].score)
         for i, item in enumerate(written["static"])
     )
     print(f"\nlengths {sorted(lengths)}; {equal} of {NUM_ITEMS} scores alike")
     shape = f"{args.preset} {NUM_ITEMS} items, {NUM_SLOTS} at a time, tokens={sum(lengths)}"
-    bench.report("generation unequal items", dtype, shape, timings, layer=layer, tokens=sum(lengths))
+    bench.report("generation unequal items", dtype, shape, timings(taken), layer=layer, tokens=sum(lengths))
 
 
 def find_peaks(args, dtype: str) -> dict[str, float]:

@@ -84,7 +84,7 @@ def our_way(model: Model) -> Way:
 def published_way(model: Model, *, compiled: bool) -> Way:
     encoder, decoder = baselines.PublishedEncoder(model.parts), baselines.PublishedDecoder(model.parts.decoder)
     if compiled:
-        encoder, decoder = baselines.compile_layers(encoder), baselines.compile_layers(decoder)
+        baselines.compile_layers(encoder, decoder)
     return Way(encoder, lambda tokens, **options: baselines.beam_search(decoder, tokens, **options))
 
 

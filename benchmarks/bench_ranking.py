@@ -57,7 +57,7 @@ def our_way(model: Model) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor,
 def published_way(model: Model, *, compiled: bool):
     encoder, decoder = baselines.PublishedEncoder(model.parts), baselines.PublishedDecoder(model.parts.decoder)
     if compiled:
-        encoder, decoder = baselines.compile_layers(encoder), baselines.compile_layers(decoder)
+        baselines.compile_layers(encoder, decoder)
 
     def rank(tokens: Tensor, answers: Tensor) -> Ranking:
         return baselines.rank_answers(decoder, tokens, answers, num_return=len(answers))

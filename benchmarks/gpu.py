@@ -6,7 +6,8 @@ On the machine, which needs nvcc and a torch but no network; and before that, wh
     python benchmarks/gpu.py --prepare WHEELS [--without NAME ...]
 
 Stages, each of at most ten minutes: ceilings (the device's own), build (an environment with mplug2 and its kernels,
-over this interpreter's torch), doctor (proves kernels), test (pytest -m gpu), bench, sanitize (compute-sanitizer).
+over this interpreter's torch), doctor (proves kernels), test (pytest -m gpu), bench (ops), generation (its benches),
+sanitize (compute-sanitizer).
 Every step leaves a log and what it measured in DIR at once; what passed is not run again for the same revision.
 """
 
@@ -138,10 +139,22 @@ BENCHES = (
     ("linear_cross_entropy", ["--rows", "800"], ["--rows", "8", "--width", "64"], 60),
     ("vision_block", ["--batch", "8"], ["--preset", "nano"], 70),
 )
+MODEL_BENCHES = (
+    ("generation", ["--batch", "8", "--parts", "forced,memory"], ["--preset", "nano", "--parts", "forced"], 340),
+    ("ranking", [], ["--preset", "nano", "--answers", "8"], 230),
+)
 
 
 def bench(run: Run) -> Iterator[Step]:
-    for name, large, small, seconds in BENCHES:
+    yield from _benches(run, BENCHES)
+
+
+def generation(run: Run) -> Iterator[Step]:
+    yield from _benches(run, MODEL_BENCHES)
+
+
+def _benches(run: Run, rows: tuple) -> Iterator[Step]:
+    for name, large, small, seconds in rows:
         command = [run.python, str(BENCHMARKS / f"bench_{name}.py"), "--dtype", "bfloat16", "--results", str(run.out)]
         command += ["--revision", run.revision]
         if run.is_rehearsal:
@@ -172,7 +185,7 @@ def sanitize(run: Run) -> Iterator[Step]:
 
 
 STAGES: dict[str, Callable[[Run], Iterator[Step]]] = {
-    stage.__name__: stage for stage in (ceilings, build, doctor, test, bench, sanitize)
+    stage.__name__: stage for stage in (ceilings, build, doctor, test, bench, generation, sanitize)
 }
 
 

@@ -165,10 +165,11 @@ def test_steps_of_every_stage_fit_into_ten_minutes(run, monkeypatch):
 
 def test_every_bench_has_a_row_and_takes_its_arguments():
     folder = Path(gpu.__file__).parent
-    named = {name for name, *_ in gpu.BENCHES}
+    rows = gpu.BENCHES + gpu.MODEL_BENCHES
+    named = {name for name, *_ in rows}
     on_gpu = {path.stem.removeprefix("bench_") for path in folder.glob("bench_*.py")} - {"reading"}
     assert named == on_gpu
-    for name, large, small, _ in gpu.BENCHES:
+    for name, large, small, _ in rows:
         source = (folder / f"bench_{name}.py").read_text()
         for option in (word for word in large + small if word.startswith("--")):
             assert f"{option.removeprefix('--')}=" in source
@@ -189,5 +190,5 @@ def test_command_line(tmp_path, stages, capsys):
 
 def test_help_names_every_stage():
     done = subprocess.run([sys.executable, gpu.__file__, "--help"], capture_output=True, text=True, check=True)
-    for name in ("ceilings", "build", "doctor", "test", "bench", "sanitize"):
+    for name in ("ceilings", "build", "doctor", "test", "bench", "generation", "sanitize"):
         assert name in done.stdout

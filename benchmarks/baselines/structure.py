@@ -107,12 +107,14 @@ class PublishedDecoder(nn.Module):
         return torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1)
 
 
-def compile_layers(module: PublishedEncoder | PublishedDecoder) -> PublishedEncoder | PublishedDecoder:
-    """The same module, every layer compiled: all of one kind share a graph. The decoder's is made for any length."""
-    for part in (module.layers, getattr(module, "universal", ())):
-        for layer in part:
-            layer.compile(dynamic=True if isinstance(module, PublishedDecoder) else None)
-    return module
+def compile_layers(encoder: PublishedEncoder, decoder: PublishedDecoder) -> None:
+    """Compile every layer in place: all of one kind share their graphs. Forgets what was compiled before, which would
+    count towards the limit of graphs of one function."""
+    torch.compiler.reset()
+    for block in encoder.layers:
+        block.compile()
+    for layer in (*encoder.universal, *decoder.layers):
+        layer.compile(dynamic=True)
 
 
 def _linear(module: nn.Linear, x: Tensor) -> Tensor:

@@ -145,13 +145,13 @@ def measure(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[st
 
 
 def samples(
-    candidates: dict[str, Callable[[], object]], rounds: int, *, once: Collection[str] = ()
+    candidates: dict[str, Callable[[], object]], rounds: int, *, warm_ups: int = 2, once: Collection[str] = ()
 ) -> dict[str, list[float]]:
     """The milliseconds behind `measure`, round by round. Candidates of `once` take minutes: they run in the first round
     alone, without warm-up."""
     take = _cuda_milliseconds if _device.type == "cuda" else _cpu_milliseconds
     taken: dict[str, list[float]] = {name: [] for name in candidates}
-    for number in range(-2, rounds):
+    for number in range(-warm_ups, rounds):
         for name, run in candidates.items():
             if name in once and number != 0:
                 continue

@@ -5,8 +5,8 @@ answer has a copy of the visual tokens, projected again; eager and with every la
     python benchmarks/bench_ranking.py --preset large --dtype bfloat16 --rounds 3
 
 Answers: 1 to 4 pieces of the model's vocabulary that share their beginnings, seed 0; all are compared whole. Peaks: of
-one process each, weights included, ours also for one answer. Models and inputs: generation_cases.py. On a CPU the
-baselines of base and large run once. Nothing is timed unless probabilities are alike up to rounding.
+one process each, weights included, ours also for one answer. Models and inputs: generation_cases.py. On a CPU base
+and large run without warm-up, their baselines once. Nothing is timed unless probabilities are alike up to rounding.
 """
 
 from __future__ import annotations
@@ -94,8 +94,10 @@ def run(args, dtype: str, layer: str) -> None:
     for name, (encode, rank) in ways.items():
         candidates[f"{name}: encoder"] = lambda encode=encode: encode(video)
         candidates[name] = lambda rank=rank, name=name: found.update({name: rank(tokens[name], answers)})
-    once = [EAGER, COMPILED] if args.preset != "nano" and args.device == "cpu" else []
-    taken = bench.samples(candidates, args.rounds, once=[*once, *(f"{name}: encoder" for name in once)])
+    once = [EAGER, COMPILED] if cases.is_slow(args) else []
+    taken = bench.samples(
+        candidates, args.rounds, once=[*once, *(f"{name}: encoder" for name in once)], **cases.warming(args)
+    )
     ranking = {name: bench.timing(taken[name]) for name in ways}
     whole = {
         name: bench.timing(list(map(sum, zip(taken[name], taken[f"{name}: encoder"], strict=True)))) for name in ways

@@ -19,6 +19,7 @@ from torch import Tensor
 from mplug2 import create_model
 from mplug2.data.clothes.batches import clips
 from mplug2.data.clothes.pictures import BUNDLED, read_pictures
+from mplug2.generation import Hypothesis
 from mplug2.model import Model
 
 END_SHIFT = 4.1  # bias of the random presets' end token in standard deviations of a logit: captions of 5 to 20 tokens
@@ -35,6 +36,16 @@ def make_model(preset: str, dtype: str, device: str, *, task: str = "video-capti
         # A logit is the product of a normalised state with a row drawn from N(0, 0.02).
         decoder.head.bias.data[decoder.end_id] = END_SHIFT * 0.02 * model.config.text.width**0.5
     return model
+
+
+def is_slow(args) -> bool:
+    """Do runs take so long that none is spared for warming up, and baselines run once?"""
+    return args.preset != "nano" and args.device == "cpu"
+
+
+def warming(args) -> dict[str, int]:
+    """Of `bench.samples`: the check before it has run everything once."""
+    return {"warm_ups": 0} if is_slow(args) else {}
 
 
 def make_video(model: Model, count: int) -> Tensor:
@@ -70,7 +81,7 @@ def check_states(found: Tensor, expected: Tensor, dtype: str, name: str) -> None
 
 
 @torch.no_grad()
-def check_score(decoder: baselines.PublishedDecoder, tokens: Tensor, hypothesis, min_length: int, dtype: str) -> None:
+def check_score(decoder: baselines.PublishedDecoder, tokens: Tensor, hypothesis: Hypothesis, dtype: str) -> None:
     """Raises where our hypothesis for the one item of `tokens` has another score by the baseline's decoder."""
     ids = torch.tensor([hypothesis.ids], device=tokens.device)
     log_p = decoder(ids[:, :-1], tokens)

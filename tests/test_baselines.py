@@ -1,6 +1,8 @@
-"""benchmarks/baselines against the engine, in float64: the same encoder, captions and ranking."""
+"""benchmarks/baselines against the engine, in float64: the same encoder, captions and ranking; and what the benchmarks
+of both check and draw."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,8 @@ from mplug2.generation import beam_search, rank_answers
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import baselines
+import bench_ranking
+import generation_cases as cases
 
 END = 3
 
@@ -76,3 +80,30 @@ def test_ranking(parts, video, num_return):
     found = baselines.rank_answers(baselines.PublishedDecoder(parts.decoder), tokens, answers, num_return=num_return)
     assert torch.equal(found[0], expected[0])
     torch.testing.assert_close(found[1], expected[1], rtol=1e-9, atol=0)
+
+
+def test_answers_to_rank_are_short_differ_and_share_their_beginnings():
+    model = cases.make_model("nano", "float32", "cpu")
+    rows = [tuple(row[row != 0].tolist()) for row in bench_ranking.make_answers(model)]
+    assert len(set(rows)) == 128
+    assert {len(row) for row in rows} == {3, 4, 5, 6}
+    assert all((row[0], row[-1]) == (model.tokenizer.start_id, model.tokenizer.end_id) for row in rows)
+    assert not {piece for row in rows for piece in row[1:-1]} & model.tokenizer.special_ids
+    assert len({row[1] for row in rows}) <= 24
+
+
+@torch.no_grad()
+def test_what_differs_is_not_timed(parts, video):
+    tokens = parts.encode_vision(video)
+    (best,), *_ = beam_search(parts.decoder, parts.decoder.project(tokens[:1]), max_length=6)
+    decoder = baselines.PublishedDecoder(parts.decoder)
+    cases.check_score(decoder, tokens[:1], best, "float32")
+    with pytest.raises(SystemExit, match="what the baseline scores"):
+        cases.check_score(decoder, tokens[:1], replace(best, score=1.01 * best.score), "float32")
+    cases.check_states(tokens, tokens, "float32", "theirs")
+    with pytest.raises(SystemExit, match="theirs: differs from ours by 1"):
+        cases.check_states(1.01 * tokens, tokens, "float32", "theirs")
+    ranking = (torch.tensor([[1, 0, 2]]), torch.tensor([[0.7, 0.2, 0.1]]))
+    bench_ranking.check_ranking(ranking, ranking, "float32", "theirs")
+    with pytest.raises(SystemExit, match="theirs: log p of an answer differs"):
+        bench_ranking.check_ranking((torch.tensor([[0, 1, 2]]), ranking[1]), ranking, "float32", "theirs")

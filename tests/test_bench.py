@@ -65,6 +65,28 @@ def test_a_table_is_added_to_the_csv_file(monkeypatch, tmp_path, capsys):
     assert "2.50x" in capsys.readouterr().out
 
 
+def test_a_table_of_models_has_tokens_a_second_and_peaks(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench, "_results", tmp_path)
+    timings = {"ours": bench.timing([200.0]), "theirs": bench.timing([400.0, 500.0, 600.0])}
+    bench.report("caption", "bfloat16", "B=1", timings, tokens=20, peaks={"ours": 1234.4})
+    (file,) = tmp_path.glob("*.csv")
+    with file.open(newline="") as opened:
+        ours, theirs = csv.DictReader(opened)
+    assert (ours["median_ms"], ours["p20_ms"], ours["tokens_per_s"], ours["peak_mb"]) == (
+        "200.0000", "200.0000", "100.0", "1234",
+    )  # fmt: skip
+    assert (theirs["median_ms"], theirs["tokens_per_s"], theirs["peak_mb"]) == ("500.0000", "40.0", "")
+    assert "1234" in capsys.readouterr().out
+
+
+def test_slow_candidates_run_once_beside_the_others():
+    calls = []
+    candidates = {name: lambda name=name: calls.append(name) for name in ("ours", "slow")}
+    taken = bench.samples(candidates, 3, once=["slow"])
+    assert calls == ["ours", "ours", "ours", "slow", "ours", "ours"]  # two of ours warm up
+    assert {name: len(values) for name, values in taken.items()} == {"ours": 3, "slow": 1}
+
+
 def test_a_table_on_cuda_has_roof_bandwidth_and_ratios(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "_device", torch.device("cuda"))
     monkeypatch.setattr(bench, "_results", tmp_path)

@@ -25,7 +25,7 @@ import generation_cases as cases
 import torch
 from torch import Tensor
 
-from mplug2.generation import Hypothesis, beam_search
+from mplug2.generation import BeamSearch, Hypothesis, beam_search, decode_stream
 from mplug2.model import Model
 from mplug2.tasks import captioning
 
@@ -77,9 +77,13 @@ class Way:
 
 def our_way(model: Model) -> Way:
     decoder = model.parts.decoder
-    return Way(
-        model.parts.encode_vision, lambda tokens, **options: beam_search(decoder, decoder.project(tokens), **options)
-    )
+
+    def search(tokens: Tensor, **options) -> list[list[Hypothesis]]:
+        items = ((item, None) for item in tokens)
+        found = dict(decode_stream(decoder, items, BeamSearch(decoder, **options), num_slots=len(tokens)))
+        return [found[item] for item in range(len(tokens))]
+
+    return Way(model.parts.encode_vision, search)
 
 
 def published_way(model: Model, *, compiled: bool) -> Way:

@@ -23,7 +23,7 @@ from mplug2.generation import Hypothesis
 from mplug2.model import Model
 
 END_SHIFT = 4.1  # bias of the random presets' end token in standard deviations of a logit: captions of 5 to 20 tokens
-TOLERANCES = {"bfloat16": 3e-2, "float16": 1e-2, "float32": 1e-3}  # of states and scores, relative
+TOLERANCES = {"bfloat16": 3e-2, "float16": 1e-2, "float32": 1e-4}  # of states and scores, relative
 
 
 def make_model(preset: str, dtype: str, device: str, *, task: str = "video-captioning") -> Model:

@@ -286,7 +286,7 @@ def report(
         more += f"{speed:>10}" * bool(tokens) + f"{peak:>10}" * bool(peaks)
         digits = 4 if is_cuda else 2
         print(
-            f"{name:34}{t.median:10.{digits}f}{t.p20:9.{digits}f}{t.p80:9.{digits}f}{t.median / base:8.2f}x"
+            f"{name:34}{t.median:10.{digits}f} {t.p20:8.{digits}f} {t.p80:8.{digits}f} {t.median / base:7.2f}x"
             f"{rate:>9}{error:>10}{more}"
         )
         rows.append(row)

@@ -36,7 +36,7 @@ NAMES = {"eager": "published way eager", "compiled": "published way compiled"}
 
 def main() -> None:
     args = bench.arguments(
-        __doc__, preset="large", batch=1, parts="forced,natural,items,memory", quick=False, peak_of=""
+        __doc__, preset="nano", batch=1, parts="forced,natural,items,memory", quick=False, peak_of=""
     )
     with bench.our_layer() as layer, torch.no_grad():
         if args.peak_of:

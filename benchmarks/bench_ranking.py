@@ -66,7 +66,7 @@ def published_way(model: Model, *, compiled: bool):
 
 
 def main() -> None:
-    args = bench.arguments(__doc__, preset="large", batch=1, peak_of="", answers=NUM_ANSWERS)
+    args = bench.arguments(__doc__, preset="nano", batch=1, peak_of="", answers=NUM_ANSWERS)
     with bench.our_layer() as layer, torch.no_grad():
         if args.peak_of:
             measure_peak(args)

@@ -140,8 +140,8 @@ BENCHES = (
     ("vision_block", ["--batch", "8"], ["--preset", "nano"], 70),
 )
 MODEL_BENCHES = (
-    ("generation", ["--batch", "8", "--parts", "forced,memory"], ["--preset", "nano", "--parts", "forced"], 340),
-    ("ranking", [], ["--preset", "nano", "--answers", "8"], 230),
+    ("generation", ["--preset", "large", "--batch", "8", "--parts", "forced,memory"], ["--parts", "forced"], 340),
+    ("ranking", ["--preset", "large"], ["--answers", "8"], 230),
 )
 
 

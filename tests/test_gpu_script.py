@@ -167,7 +167,7 @@ def test_every_bench_has_a_row_and_takes_its_arguments():
     folder = Path(gpu.__file__).parent
     rows = gpu.BENCHES + gpu.MODEL_BENCHES
     named = {name for name, *_ in rows}
-    on_gpu = {path.stem.removeprefix("bench_") for path in folder.glob("bench_*.py")} - {"reading"}
+    on_gpu = {path.stem.removeprefix("bench_") for path in folder.glob("bench_*.py")} - {"reading", "quantization"}
     assert named == on_gpu
     for name, large, small, _ in rows:
         source = (folder / f"bench_{name}.py").read_text()

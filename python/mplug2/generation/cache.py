@@ -18,7 +18,7 @@ class LayerCache:
         """Store k, v (R, 1, N, H) behind what the first R rows hold; their keys, values and numbers of keys (R,)."""
         if self.keys is None:
             shape = (self.num_rows, self.capacity, *k.shape[2:])
-            self.keys, self.values = k.new_zeros(shape), v.new_zeros(shape)
+            self.keys, self.values = k.new_zeros(shape), v.new_zeros(shape)  # hidden, but NaN there would count
         keys, values = self.keys[: len(k)], self.values[: len(k)]
         at = self.lengths[:, None, None, None].expand_as(k)
         keys.scatter_(1, at, k)

@@ -14,8 +14,8 @@ HALF, FLOAT = 2, 4  # bytes of a number
 @pytest.fixture(autouse=True)
 def small_device(backend):
     """Of a GPU with fewer multiprocessors than there is work for, so that blocks take several turns; and of none for
-    which linear is one kernel."""
-    with emulated.device(num_multiprocessors=2, capability=90):
+    which linear is one kernel or local_temporal two."""
+    with emulated.device(num_multiprocessors=2, max_shared_bytes=96 * 1024, capability=90):
         yield
 
 

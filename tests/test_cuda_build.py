@@ -37,14 +37,12 @@ EXPECTED = {
     r"linear::product_kernel<\w+, (QuickGelu|Gelu)>": ("HMMA", "LDSM", "LDGSTS", *WIDE, *EXP),
     r"local_temporal::norm_(bwd_)?kernel": WIDE,
     r"local_temporal::mix_(bwd_)?kernel": WIDE + EXP,
+    r"local_temporal::down_kernel": ("HMMA", "LDSM", "LDGSTS", *WIDE, *EXP),
+    r"local_temporal::up_kernel": ("HMMA", "LDSM", "LDGSTS", "STG.128"),
     r"linear_cross_entropy::fwd_kernel": ("LDG.128", "EX2"),
     r"linear_cross_entropy::bwd_kernel": WIDE + EXP,
     r"linear_cross_entropy::add_kernel": WIDE,
 }
-
-# Bytes spilled that are let pass, on an architecture outside the build's default: mending them would change the source
-# and so void what an H100 has proven of it. To be mended, and taken out here, with the op's next proof.
-SPILLED = {("100", "local_temporal::mix_kernel<__nv_bfloat16>"): 48}
 
 
 def _label(path: Path) -> str:
@@ -62,8 +60,7 @@ COMPILED = [(source, arch) for source in cuda_report.sources() for arch in cuda_
 def test_machine_code(source, arch):
     kernels = cuda_report.report((arch,), jobs=1, paths=[source])
     assert kernels or "launch(" not in source.read_text(), "a file that launches kernels and has none"
-    known = [k for k in kernels if SPILLED.get((arch, k.name)) == k.spill_stores + k.spill_loads and not k.forbidden]
-    complaints = cuda_report.complaints([kernel for kernel in kernels if kernel not in known])
+    complaints = cuda_report.complaints(kernels)
     assert not complaints, "\n".join(complaints)
     for kernel in kernels:
         rows = [wanted for pattern, wanted in EXPECTED.items() if re.match(pattern, kernel.name)]

@@ -1,6 +1,6 @@
 """local_temporal: kernels against the float64 truth, what passes through, and errors."""
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -13,7 +13,8 @@ from tolerances import LOCAL_LONG_SUM, assert_close, assert_close_together, draw
 SHAPES = [(1, 1, 2, 8), (2, 5, 7, 32), (1, 16, 1, 64), (3, 2, 97, 48), (1, 4, 257, 128), (2, 3, 5, 18)]
 # Pieces of 16 frames, and the layouts of a row on a GPU: 1 to 4 chunks of a lane, one warp or four.
 SHAPES += [(1, 17, 2, 272), (1, 129, 3, 16), (1, 33, 1, 528), (1, 3, 2, 784), (1, 2, 3, 1040), (1, 5, 1, 2064)]
-FORWARD = ("local_temporal_fwd_norm", "local_temporal_fwd_mix")
+FORWARD = ("local_temporal_fwd_down", "local_temporal_fwd_up")  # the product form
+PASSES = ("local_temporal_fwd_norm", "local_temporal_fwd_mix")
 BACKWARD = ("local_temporal_bwd_mix", "local_temporal_bwd_norm")
 
 
@@ -25,8 +26,19 @@ def _on(backend, tensors, which=0):
     return {name: t.to(backend.device, backend.dtypes[which]) for name, t in tensors.items()}
 
 
-def _launches(shape, *kernels):
-    return kernels if shape[-1] % 16 == 0 else ()  # chunks of 8 in D and in D/2
+def _launches(shape, forward, prefix):
+    if shape[-1] % 16:  # no chunks of 8 in D and in D/2
+        return ()
+    return (PASSES if prefix == shape[2] else forward) + BACKWARD
+
+
+@contextmanager
+def _passes():
+    """A GPU whose blocks have less shared memory than the product form takes, so that the passes serve."""
+    import emulated
+
+    with emulated.device(max_shared_bytes=96 * 1024):
+        yield
 
 
 def _run(function, tensors, kind, dtype, prefix, device="cpu", needing=None):
@@ -41,10 +53,10 @@ def _run(function, tensors, kind, dtype, prefix, device="cpu", needing=None):
     return out.detach().cpu(), {name: t.grad.cpu() for name, t in leaves.items() if t.requires_grad}
 
 
-def _compare(backend, shape, dtype, prefix=1, needing=None):
+def _compare(backend, shape, dtype, prefix=1, needing=None, forward=FORWARD):
     runs = []
     for tensors in draws(lambda seed: _tensors(*shape, seed=seed), backend.most_draws):
-        with backend.launching(*_launches(shape, *FORWARD, *BACKWARD)):
+        with backend.launching(*_launches(shape, forward, prefix)):
             actual = _run(ops.local_temporal, tensors, dtype, dtype, prefix, backend.device, needing)
         baseline = _run(reference.local_temporal, tensors, dtype, dtype, prefix, needing=needing)
         truth = _run(reference.local_temporal, tensors, torch.float64, dtype, prefix, needing=needing)
@@ -58,6 +70,34 @@ def _compare(backend, shape, dtype, prefix=1, needing=None):
 @pytest.mark.parametrize("prefix", [0, 1])
 def test_output_and_gradients(backend, shape, prefix, which):
     _compare(backend, shape, backend.dtypes[which], prefix)
+
+
+TILES = [((3, 16, 4, 528), 1), ((5, 5, 7, 48), 0), ((3, 1, 90, 64), 1), ((1, 16, 3, 1024), 1)]  # of whole positions
+TILES += [((1, 128, 2, 16), 0), ((1, 260, 2, 16), 1)]  # of one position, and of pieces of one
+
+
+@pytest.mark.parametrize("backend", ["emulated", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
+@pytest.mark.parametrize(("shape", "prefix"), TILES, ids=str)
+def test_tiles_of_the_product_form(backend, shape, prefix):
+    _compare(backend, shape, backend.dtypes[0], prefix)
+
+
+@pytest.mark.parametrize("backend", ["emulated"], indirect=True)
+@pytest.mark.parametrize("shape", [(3, 16, 4, 528), (1, 260, 2, 1040)], ids=str)
+def test_blocks_that_take_all_columns(backend, shape):
+    """Of a GPU that is full with a block a tile of rows."""
+    import emulated
+
+    with emulated.device(num_multiprocessors=1):
+        _compare(backend, shape, backend.dtypes[0])
+
+
+@pytest.mark.parametrize("backend", ["emulated"], indirect=True)
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
+def test_passes_where_a_block_has_too_little_shared_memory(backend, shape, which):
+    with _passes():
+        _compare(backend, shape, backend.dtypes[which], forward=PASSES)
 
 
 @pytest.mark.parametrize("needing", [("x",), ("conv_weight",), ("ln_bias", "up_weight")], ids=str)
@@ -107,9 +147,9 @@ def test_views_give_the_bits_of_their_copies(backend, view):
         assert torch.equal(grad, wanted)
 
 
-@pytest.mark.parametrize("forward", ["cpu", "emulated"])
-def test_forward_by_one_layer_and_backward_by_another(forward):
-    """Every layer saves the same hidden."""
+@pytest.mark.parametrize(("forward", "passes"), [("cpu", False), ("emulated", False), ("emulated", True)])
+def test_forward_by_one_layer_and_backward_by_another(forward, passes):
+    """Every layer and form saves the same hidden."""
     import emulated
 
     emulated.load()
@@ -117,7 +157,8 @@ def test_forward_by_one_layer_and_backward_by_another(forward):
     backward = "cpu" if forward == "emulated" else "emulated"
     tensors, dtype = _tensors(2, 5, 7, 32), torch.bfloat16
     x, *weights = (t.to(dtype) for t in tensors.values())
-    out, hidden = layers[forward].local_temporal_fwd(x, *weights, 1, 1e-5, True)
+    with _passes() if passes else nullcontext():
+        out, hidden = layers[forward].local_temporal_fwd(x, *weights, 1, 1e-5, True)
     prefix = hidden.view(2, 5, 7, 16)[:, :, 0]
     assert torch.equal(prefix, tensors["down_bias"].to(dtype).expand_as(prefix))  # of LN's zeros
     dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)

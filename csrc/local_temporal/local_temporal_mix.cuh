@@ -87,7 +87,7 @@ struct MixParams {
 };
 
 constexpr int kMixThreads = 128;
-constexpr int kMixBlocks = 4;  // a multiprocessor: 32 KB of loads in flight
+constexpr int kMixBlocks = 3;  // a multiprocessor: 24 KB of loads in flight; four spill on 10.0
 
 // A thread takes one chunk of channels of one item, and then the one gridDim.x * kMixThreads further.
 template <class T>

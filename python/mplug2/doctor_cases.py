@@ -54,8 +54,10 @@ def _linear(g: torch.Generator, blocks: int, width: int, wide: int, *, residual:
     return parts | ({"residual": randn(g, rows, wide)} if residual else {})
 
 
-def _local_temporal(g: torch.Generator, blocks: int, frames: int, tokens: int, width: int) -> dict[str, Tensor]:
-    hidden = width // 2
+def _local_temporal(
+    g: torch.Generator, blocks: int, frames: int, tokens: int, width: int, hidden: int | None = None
+) -> dict[str, Tensor]:
+    hidden = hidden or width // 2
     batch = -(-blocks * ROWS_A_BLOCK // (frames * tokens))
     return {
         "x": randn(g, batch, frames, tokens, width),
@@ -115,6 +117,9 @@ CASES = [
     ),
     Case("local_temporal", "T 16, L 257, D 1024", lambda g, n: _local_temporal(g, n, 16, 257, 1024)),
     Case("local_temporal", "T 5, L 197, D 768", lambda g, n: _local_temporal(g, n, 5, 197, 768)),
+    Case("local_temporal", "T 129, L 9, D 512", lambda g, n: _local_temporal(g, n, 129, 9, 512)),
+    # More hidden channels than the product form takes, so that the forward pass is cuBLAS's products and passes, too.
+    Case("local_temporal", "T 16, L 257, 1024 to 4104", lambda g, n: _local_temporal(g, n, 16, 257, 1024, 4104)),
     Case("fusion", "25 x 4097, D 1024", lambda g, n: _fusion(g, n, 25, 4097, 16)),
     Case("fusion", "2 x 514, 5 share, mask", lambda g, n: _fusion(g, n, 2, 514, 12, groups=5, masked=True)),
     Case("linear_cross_entropy", "D 256, V 30522", lambda g, n: _words(g, n, 256, 30522), {"label_smoothing": 0.1}),

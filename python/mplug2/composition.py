@@ -142,20 +142,10 @@ class Parts(nn.Module):
         visual, text = self.fusion(visual, text, text_mask=text_mask)
         return torch.cat([visual, text], 1), join_masks(visual, None, text, text_mask)
 
-    def context(
-        self,
-        *,
-        video: Tensor | None = None,
-        visual: Tensor | None = None,
-        text: Tensor | None = None,
-        text_mask: Tensor | None = None,
-        task: str | None = None,
-    ) -> Context:
-        """What the decoder reads for these inputs: the keys and values of every layer, projected once.
-
-        Args: see `context_tokens`.
-        """
-        tokens, mask = self.context_tokens(video=video, visual=visual, text=text, text_mask=text_mask, task=task)
+    def context(self, **inputs) -> Context:
+        """What the decoder reads for these inputs (see `context_tokens`): the keys and values of every layer, projected
+        once."""
+        tokens, mask = self.context_tokens(**inputs)  # says so where there is no decoder
         return self.decoder.project(tokens, mask)
 
     def context_tokens(

@@ -39,6 +39,7 @@ _device = torch.device("cpu")
 _results = RESULTS
 _revision = ""
 _roof: dict[str, float] = {}  # dram bytes, product FLOP, exponentials, a second
+_tables: dict[str, tuple[str, dict[str, float]]] = {}  # printed so far: title -> ours, medians; for the plot
 
 
 @dataclass(frozen=True)
@@ -290,21 +291,25 @@ def report(
             f"{rate:>9}{error:>10}{more}"
         )
         rows.append(row)
+    _tables[f"{op} {dtype} {shape}"] = (ours, {name: t.median for name, t in timings.items()})
     _results.mkdir(parents=True, exist_ok=True)
-    device = torch.cuda.get_device_name().replace(" ", "-") if is_cuda else platform.machine()
-    path = _results / f"{device}-{torch.__version__}.csv"
+    path = _results / f"{_place()}.csv"
     is_new = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.writer(file)
         if is_new:
             writer.writerow((*(CUDA_COLUMNS if is_cuda else COLUMNS), *MODEL_COLUMNS))
         writer.writerows(rows)
-    if is_cuda:
-        plot(path)
 
 
-def plot(table: Path) -> None:
-    """A bar of milliseconds for every row of the csv file, in a .png beside it, where there is a matplotlib."""
+def _place() -> str:
+    """Device and torch, as the names of result files have them."""
+    device = torch.cuda.get_device_name().replace(" ", "-") if _device.type == "cuda" else platform.machine()
+    return f"{device}-{torch.__version__}"
+
+
+def plot(path: Path) -> None:
+    """The tables of this process as bars of milliseconds, ratios to ours beside them, where there is a matplotlib."""
     try:
         import matplotlib
     except ImportError:
@@ -312,17 +317,20 @@ def plot(table: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    with table.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    figure, axes = pyplot.subplots(figsize=(10, 1 + 0.22 * len(rows)), layout="constrained")
-    labels = [f"{row['op']} {row['dtype']}, {row['shape']}: {row['candidate']}" for row in rows]
-    places = range(len(rows))
-    colors = ["C1" if row["candidate"] == "ours" else "C0" for row in rows]
-    axes.barh(places, [float(row["median_ms"]) for row in rows], color=colors)
-    axes.set(yticks=list(places), xscale="log", xlabel="ms, median", title=table.stem)
-    axes.set_yticklabels(labels, fontsize=6)
-    axes.invert_yaxis()
-    figure.savefig(table.with_suffix(".png"), dpi=120)
+    sizes = [len(medians) for _, medians in _tables.values()]
+    figure, axes = pyplot.subplots(
+        len(sizes), figsize=(8, 0.5 + sum(0.6 + 0.25 * size for size in sizes)), height_ratios=[1 + n for n in sizes],
+        squeeze=False, layout="constrained",
+    )  # fmt: skip
+    for axis, (title, (ours, medians)) in zip(axes[:, 0], _tables.items(), strict=True):
+        bars = axis.barh(list(medians), list(medians.values()), color=["C1" if n == ours else "C0" for n in medians])
+        axis.bar_label(bars, [f" {t / medians[ours]:.2f}x" for t in medians.values()], fontsize=7)
+        axis.set_title(title, fontsize=8, loc="left")
+        axis.tick_params(labelsize=7)
+        axis.margins(x=0.1)
+        axis.invert_yaxis()
+    axes[-1, 0].set_xlabel("ms, median", fontsize=8)
+    figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
 
@@ -339,6 +347,8 @@ def start() -> None:
 
 def finish() -> None:
     print(f"\nrepeat with: {command()}")
+    if _tables:
+        plot(_results / f"{_place()}-{Path(sys.argv[0]).stem}.png")
 
 
 def compiled(function: Callable, args: argparse.Namespace, name: str) -> dict[str, Callable]:

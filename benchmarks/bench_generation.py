@@ -17,15 +17,13 @@ of captions are alike up to rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import baselines
 import bench
 import generation_cases as cases
 import torch
 from torch import Tensor
 
-from mplug2.generation import BeamSearch, Hypothesis, beam_search, decode_stream
+from mplug2.generation import Hypothesis, beam_search
 from mplug2.model import Model
 from mplug2.tasks import captioning
 
@@ -59,45 +57,11 @@ def main() -> None:
 LENGTHS = {"forced": FORCED, "natural": NATURAL}
 
 
-class Way:
-    """One way to write captions: `encode` keeps the visual tokens, `decode` what is written."""
-
-    def __init__(self, encode: Callable[[Tensor], Tensor], search: Callable[..., list[list[Hypothesis]]]):
-        self._encode, self._search = encode, search
-        self.tokens: Tensor | None = None
-        self.found: list[list[Hypothesis]] = []
-
-    def encode(self, video: Tensor) -> None:
-        self.tokens = self._encode(video)
-
-    def decode(self, lengths: tuple[int, int], tokens: Tensor | None = None) -> None:
-        tokens = self.tokens if tokens is None else tokens
-        self.found = self._search(tokens, beam_size=5, min_length=lengths[0], max_length=lengths[1])
-
-
-def our_way(model: Model) -> Way:
-    decoder = model.parts.decoder
-
-    def search(tokens: Tensor, **options) -> list[list[Hypothesis]]:
-        items = ((item, None) for item in tokens)
-        found = dict(decode_stream(decoder, items, BeamSearch(decoder, **options), num_slots=len(tokens)))
-        return [found[item] for item in range(len(tokens))]
-
-    return Way(model.parts.encode_vision, search)
-
-
-def published_way(model: Model, *, compiled: bool) -> Way:
-    encoder, decoder = baselines.PublishedEncoder(model.parts), baselines.PublishedDecoder(model.parts.decoder)
-    if compiled:
-        baselines.compile_layers(encoder, decoder)
-    return Way(encoder, lambda tokens, **options: baselines.beam_search(decoder, tokens, **options))
-
-
 def captions(args, dtype: str, model: Model, parts: list[str], peaks: dict[str, float] | None, layer: str) -> None:
     video = cases.make_video(model, args.batch)
-    ways = {"ours": our_way(model), NAMES["eager"]: published_way(model, compiled=False)}
+    ways = {"ours": cases.our_way(model), NAMES["eager"]: cases.published_way(model, compiled=False)}
     if not args.no_compile:
-        ways[NAMES["compiled"]] = published_way(model, compiled=True)
+        ways[NAMES["compiled"]] = cases.published_way(model, compiled=True)
     check(ways, video, model, dtype)
     once = list(NAMES.values()) if cases.is_slow(args) else []
     encoders = {f"{name}: encoder": lambda way=way: way.encode(video) for name, way in ways.items()}
@@ -135,7 +99,7 @@ def new_tokens(found: list[list[Hypothesis]]) -> list[int]:
     return [len(best.ids) - 1 for best, *_ in found]
 
 
-def check(ways: dict[str, Way], video: Tensor, model: Model, dtype: str) -> None:
+def check(ways: dict[str, cases.Way], video: Tensor, model: Model, dtype: str) -> None:
     """States and scores as ours; compiles what is compiled, for one and for several tokens."""
     ours = ways["ours"]
     ours.encode(video)
@@ -186,7 +150,7 @@ def find_peaks(args, dtype: str) -> dict[str, float]:
 def measure_peak(args) -> None:
     model = cases.make_model(args.preset, args.dtype[0], args.device)
     video = cases.make_video(model, args.batch)
-    way = our_way(model) if args.peak_of == "ours" else published_way(model, compiled=False)
+    way = cases.our_way(model) if args.peak_of == "ours" else cases.published_way(model, compiled=False)
     lengths = FORCED if args.peak_of == "ours" else (2, 2)
     del model
 

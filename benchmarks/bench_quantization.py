@@ -1,70 +1,89 @@
-"""int8 linear layers against bfloat16 and float32: layers alone, vision encoder, a decoding step, bytes of the weights.
+"""int8 linear layers (quantize="int8") against bfloat16 and float32 on a CPU: whole captions and layers alone.
 
-Random weights of `large`; --blocks and --layers build less of it, as the time a block takes does not depend on their
-number. Rows of a table are one shape, run in turn in one process.
+    python benchmarks/bench_quantization.py --preset nano
+    python benchmarks/bench_quantization.py --preset large --rounds 3
+
+--parts, joined by commas [default: both]:
+    captions  one video: encoder, decoding of 20 tokens in 5 beams from the visual tokens on, both, and the peak of a
+              process of its own that makes the model and a caption; layers that are not int8 are bfloat16
+    layers    linear layers of large alone, at the rows of a video, of 8 decoding items and of one
+
+Rows of a table are run in turn in one process. Models and inputs: generation_cases.py.
 """
 
-from dataclasses import replace
+from __future__ import annotations
+
+import resource
 
 import bench
+import generation_cases as cases
 import torch
 
-from mplug2 import compose
-from mplug2.config import get_config
-from mplug2.generation.cache import new_cache, step
 from mplug2.modules.layers import Linear
-from mplug2.quantization import Int8Linear, quantize_int8, weight_bytes
+from mplug2.quantization import Int8Linear, weight_bytes
 
+KINDS = ("int8", "bfloat16", "float32")
 LAYERS = ((1024, 3072, None), (1024, 1024, None), (1024, 4096, "quick_gelu"), (4096, 1024, None))
-INT8 = "int8, rest bfloat16"
-DTYPES = {INT8: torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-
-
-def run_layer(args, rows: int, width: int, out: int, activation: str | None) -> None:
-    runs = {}
-    for name, dtype in DTYPES.items():
-        layer, x = Linear(width, out).to(dtype), torch.randn(rows, width).to(dtype)
-        layer = Int8Linear(layer) if name == INT8 else layer
-        runs[name] = lambda layer=layer, x=x: layer(x, activation=activation)
-    timings = bench.measure(runs, args.rounds)
-    shape = f"{activation or 'bias'}: rows={rows} D={width} out={out}"
-    bench.report("linear", "int8", shape, timings, ours=INT8, gflop=2e-9 * rows * width * out)
-
-
-def run_model(args) -> None:
-    config = get_config("large")
-    config = replace(
-        config,
-        vision=replace(config.vision, num_layers=args.blocks),
-        decoder=replace(config.decoder, num_layers=args.layers),
-    )
-    video = torch.randn(1, 3, args.frames, config.vision.image_size, config.vision.image_size)
-    ids = torch.full((args.beams, 1), 1000)
-    encode, decode = {}, {}
-    for name, dtype in DTYPES.items():
-        parts = compose(["video-captioning"], config, dtype=dtype).eval()
-        if name == INT8:
-            quantize_int8(parts)
-        print(f"{name}: {weight_bytes(parts) / 1e6:.0f} MB of weights")
-        encode[name] = lambda vision=parts.vision, dtype=dtype: vision(video.to(dtype))
-        tokens = torch.randn(1, 1 + args.frames * 256, config.text.width).to(dtype)
-        decoder, context = parts.decoder, parts.decoder.project(tokens)
-        decode[name] = lambda d=decoder, c=context: step(d, ids, c, new_cache(d, 20))
-    shape = f"{args.blocks} blocks, T={args.frames}"
-    bench.report("vision encoder", "int8", shape, bench.measure(encode, args.rounds), ours=INT8)
-    shape = f"{args.layers} layers, {args.beams} beams"
-    bench.report("decoding step", "int8", shape, bench.measure(decode, args.rounds), ours=INT8)
+ROWS = (4112, 40, 5)
 
 
 def main() -> None:
-    args = bench.arguments(__doc__, blocks=24, layers=12, frames=16, beams=5)
-    bench.start()
+    args = bench.arguments(__doc__, preset="large", parts="captions,layers", peak_of="")
     with torch.no_grad():
-        run_model(args)
-        for rows in (257 * args.frames, 40, args.beams):
-            for width, out, activation in LAYERS:
-                run_layer(args, rows, width, out, activation)
+        if args.peak_of:
+            print_peak(args.preset, args.peak_of)
+            return
+        bench.start()
+        wanted = args.parts.split(",")
+        if "captions" in wanted:
+            captions(args)
+        if "layers" in wanted:
+            for rows in ROWS:
+                for width, out, activation in LAYERS:
+                    layer(args, rows, width, out, activation)
     bench.finish()
+
+
+def captions(args) -> None:
+    options = ("--preset", args.preset, "--threads", str(args.threads))
+    peaks = {kind: cases.peak_of(*options, "--peak-of", kind) for kind in KINDS}
+    encoders, decoders = {}, {}
+    for kind in KINDS:
+        model = cases.make_model(args.preset, kind, "cpu")
+        print(f"{kind}: {weight_bytes(model.parts) / 1e6:.0f} MB of weights")
+        way, video = cases.our_way(model), cases.make_video(model, 1)
+        encoders[f"{kind}: encoder"] = lambda way=way, video=video: way.encode(video)
+        decoders[kind] = lambda way=way: way.decode((20, 20))
+    taken = bench.samples({**encoders, **decoders}, args.rounds, warm_ups=1)
+    encoding = {kind: taken[f"{kind}: encoder"] for kind in KINDS}
+    decoding = {kind: taken[kind] for kind in KINDS}
+    caption = {kind: list(map(sum, zip(encoding[kind], decoding[kind], strict=True))) for kind in KINDS}
+    for part, values in (("encoder", encoding), ("decoding", decoding), ("caption", caption)):
+        timings = {kind: bench.timing(values[kind]) for kind in KINDS}
+        more = {} if part == "encoder" else {"tokens": 20}
+        more |= {"peaks": peaks} if part == "caption" else {}
+        bench.report(f"int8 {part}", "int8", f"{args.preset} B=1, 20 tokens", timings, ours="int8", **more)
+
+
+def print_peak(preset: str, kind: str) -> None:
+    """Megabytes at the peak of a process that makes the model and one caption."""
+    model = cases.make_model(preset, kind, "cpu")
+    way = cases.our_way(model)
+    way.encode(cases.make_video(model, 1))
+    way.decode((20, 20))
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
+
+
+def layer(args, rows: int, width: int, out: int, activation: str | None) -> None:
+    runs = {}
+    for kind in KINDS:
+        dtype = bench.DTYPES["bfloat16" if kind == "int8" else kind]
+        made, x = Linear(width, out).to(dtype), torch.randn(rows, width).to(dtype)
+        made = Int8Linear(made) if kind == "int8" else made
+        runs[kind] = lambda made=made, x=x: made(x, activation=activation)
+    timings = bench.measure(runs, args.rounds)
+    shape = f"{activation or 'bias'}: rows={rows} D={width} out={out}"
+    bench.report("int8 linear", "int8", shape, timings, ours="int8", gflop=2e-9 * rows * width * out)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Models, inputs, checks and peak memory of the benchmarks of generation and ranking."""
+"""Models, inputs, ways to write captions, checks and peak memory of the benchmarks of generation and ranking."""
 
 from __future__ import annotations
 
@@ -19,18 +19,24 @@ from torch import Tensor
 from mplug2 import create_model
 from mplug2.data.clothes.batches import clips
 from mplug2.data.clothes.pictures import BUNDLED, read_pictures
-from mplug2.generation import Hypothesis
+from mplug2.generation import BeamSearch, Hypothesis, decode_stream
 from mplug2.model import Model
 
 END_SHIFT = 4.1  # bias of the random presets' end token in standard deviations of a logit: captions of 5 to 20 tokens
 TOLERANCES = {"bfloat16": 3e-2, "float16": 1e-2, "float32": 1e-4}  # of states and scores, relative
 
 
-def make_model(preset: str, dtype: str, device: str, *, task: str = "video-captioning") -> Model:
-    """nano with its weights; others at random from seed 0, the end token's bias raised (END_SHIFT)."""
+def make_model(preset: str, dtype: str, device: str) -> Model:
+    """nano with its weights; others at random from seed 0, the end token's bias raised (END_SHIFT).
+
+    dtype "int8": linear layers of 8 bits, the rest bfloat16.
+    """
     torch.manual_seed(0)
-    is_random = preset != "nano"
-    model = create_model(preset, task=task, random_weights=is_random, dtype=bench.DTYPES[dtype], device=device)
+    is_random, quantize = preset != "nano", "int8" if dtype == "int8" else None
+    kind = torch.bfloat16 if quantize else bench.DTYPES[dtype]
+    model = create_model(
+        preset, task="video-captioning", random_weights=is_random, dtype=kind, device=device, quantize=quantize
+    )
     if is_random:
         decoder = model.parts.decoder
         # A logit is the product of a normalised state with a row drawn from N(0, 0.02).
@@ -71,6 +77,40 @@ def make_tokens(model: Model, count: int) -> Tensor:
     for item in tokens:  # one at a time: float32 noise for all would be the largest tensor of the benchmark
         item.copy_(torch.randn(1, width, generator=generator) + torch.randn(length, width, generator=generator))
     return tokens
+
+
+class Way:
+    """One way to write captions: `encode` keeps the visual tokens, `decode` what is written."""
+
+    def __init__(self, encode: Callable[[Tensor], Tensor], search: Callable[..., list[list[Hypothesis]]]):
+        self._encode, self._search = encode, search
+        self.tokens: Tensor | None = None
+        self.found: list[list[Hypothesis]] = []
+
+    def encode(self, video: Tensor) -> None:
+        self.tokens = self._encode(video)
+
+    def decode(self, lengths: tuple[int, int], tokens: Tensor | None = None) -> None:
+        tokens = self.tokens if tokens is None else tokens
+        self.found = self._search(tokens, beam_size=5, min_length=lengths[0], max_length=lengths[1])
+
+
+def our_way(model: Model) -> Way:
+    decoder = model.parts.decoder
+
+    def search(tokens: Tensor, **options) -> list[list[Hypothesis]]:
+        items = ((item, None) for item in tokens)
+        found = dict(decode_stream(decoder, items, BeamSearch(decoder, **options), num_slots=len(tokens)))
+        return [found[item] for item in range(len(tokens))]
+
+    return Way(model.parts.encode_vision, search)
+
+
+def published_way(model: Model, *, compiled: bool) -> Way:
+    encoder, decoder = baselines.PublishedEncoder(model.parts), baselines.PublishedDecoder(model.parts.decoder)
+    if compiled:
+        baselines.compile_layers(encoder, decoder)
+    return Way(encoder, lambda tokens, **options: baselines.beam_search(decoder, tokens, **options))
 
 
 def check_states(found: Tensor, expected: Tensor, dtype: str, name: str) -> None:

@@ -62,7 +62,9 @@ def _compare(backend, several, dtype, activation, needing=("x", "weight", "bias"
 @pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("parts", [(), ("bias",), ("residual",), ("bias", "residual")], ids=str)
-@pytest.mark.parametrize("shape", [(1, 3, 5), (2, 9, 33, 17), (97, 64, 130), (5, 16, 8), (3, 37, 24, 264)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 3, 5), (2, 9, 33, 17), (97, 64, 130), (5, 16, 8), (7, 40, 70), (3, 37, 24, 264)], ids=str
+)
 def test_output_and_gradients(backend, shape, parts, activation, which):
     _compare(
         backend, draws(lambda seed: _tensors(shape, parts, seed), backend.most_draws), backend.dtypes[which], activation

@@ -9,6 +9,7 @@ namespace mplug2::MPLUG2_ISA {
 namespace {
 
 constexpr float kMinusInfinity = -__builtin_inff();
+constexpr int64_t kFewQueries = 2 * kTileRows;
 
 // The keys [first, first + kAttentionKeys) of one row of k and v.
 struct KeyBlock {
@@ -16,6 +17,7 @@ struct KeyBlock {
   int64_t columns;             // count up to whole vectors: the scores that are made
   float bias[kAttentionKeys];  // 0, or -inf where a key is hidden from every query
   bool hides;                  // some bias is -inf
+  bool all_seen;               // of the first `count`
   bool seen(int64_t j) const { return bias[j] == 0.0f; }
 };
 
@@ -32,10 +34,12 @@ KeyBlock key_block(const AttentionShape& shape, const AttentionMask& mask, int64
   block.count = end - first < kAttentionKeys ? end - first : kAttentionKeys;
   block.columns = (block.count + kLanes - 1) / kLanes * kLanes;
   block.hides = block.count < block.columns;
+  block.all_seen = true;
   for (int64_t j = 0; j < block.columns; ++j) {
     const bool seen = j < block.count && (mask.key_mask == nullptr || mask.key_mask[batch * shape.keys + first + j]);
     block.bias[j] = seen ? 0.0f : kMinusInfinity;
     block.hides = block.hides || !seen;
+    block.all_seen = block.all_seen && (seen || j >= block.count);
   }
   return block;
 }
@@ -73,20 +77,32 @@ void pack_rows(const AttentionShape& shape, const AttentionView<T>& k, const Key
   }
 }
 
-// The same, transposed: (padded, kAttentionKeys).
+// The same, transposed: (padded, kAttentionKeys). On the way asks for the next block's rows and for this one's of
+// `soon`: hardware does not look past the end of a page.
 template <class T>
 void pack_columns(const AttentionShape& shape, const AttentionView<T>& k, const KeyBlock& block, int64_t batch,
-                  int64_t head, float* out, int64_t padded) {
+                  int64_t head, float* out, int64_t padded, const AttentionView<T>& soon) {
   const T* rows = k.data + batch * k.row + block.first * k.token + head * k.head;
+  const T* soon_rows = soon.data + batch * soon.row + block.first * soon.token + head * soon.head;
   for (int64_t j = 0; j < block.columns; j += kLanes) {
     for (int64_t h = 0; h < padded; h += kLanes) {
       Vec square[kLanes];
+      const T* row = rows + j * k.token + h;
       const int64_t left = shape.head_dim - h;
+      if (block.all_seen && j + kLanes <= block.count && left >= kLanes) {
 #pragma GCC unroll 16
-      for (int r = 0; r < kLanes; ++r) {
-        square[r] = !block.seen(j + r) || left <= 0 ? Vec{}
-                    : left >= kLanes                ? load(rows + (j + r) * k.token + h, Whole{})
-                                                    : load(rows + (j + r) * k.token + h, Part{static_cast<int>(left)});
+        for (int r = 0; r < kLanes; ++r) square[r] = load(row + r * k.token, Whole{});
+      } else {
+        for (int r = 0; r < kLanes; ++r)
+          square[r] = !block.seen(j + r) || left <= 0 ? Vec{}
+                      : left >= kLanes                ? load(row + r * k.token, Whole{})
+                                                      : load(row + r * k.token, Part{static_cast<int>(left)});
+      }
+      if (h % (64 / sizeof(T)) == 0) {
+        for (int r = 0; r < kLanes; ++r) {
+          __builtin_prefetch(row + (kAttentionKeys + r) * k.token, 0, 2);
+          __builtin_prefetch(soon_rows + (j + r) * soon.token + h, 0, 2);
+        }
       }
       transpose(square);
 #pragma GCC unroll 16
@@ -140,8 +156,10 @@ void attention_fwd(const AttentionShape& shape, const AttentionMask& mask, Atten
 
   for (int64_t start = 0; start < end; start += kAttentionKeys) {
     const KeyBlock block = key_block(shape, mask, batch, start, end);
-    pack_columns(shape, k, block, batch, head, key_columns, padded);
-    pack_rows(shape, v, block, batch, head, value_rows, padded);
+    pack_columns(shape, k, block, batch, head, key_columns, padded, v);
+    // Values that few queries read are not worth packing.
+    const bool in_place = rows <= kFewQueries && block.all_seen && shape.head_dim == padded;
+    if (!in_place) pack_rows(shape, v, block, batch, head, value_rows, padded);
     for (int64_t row = 0; row < rows; row += kAttentionQueries) {
       const int64_t count = rows - row < kAttentionQueries ? rows - row : kAttentionQueries;
       block_product({queries + row * padded, padded, 1}, key_columns, kAttentionKeys, scores, kAttentionKeys, count,
@@ -172,8 +190,13 @@ void attention_fwd(const AttentionShape& shape, const AttentionMask& mask, Atten
           for (int64_t h = 0; h < padded; h += kLanes) store(old + h, shrink * load(old + h, Whole{}), Whole{});
         }
       }
-      block_product({scores, kAttentionKeys, 1}, value_rows, padded, totals + row * padded, padded, count, padded,
-                    block.count, true);
+      const BlockA weights{scores, kAttentionKeys, 1};
+      float* sums_row = totals + row * padded;
+      if (in_place)
+        block_product(weights, v.data + batch * v.row + start * v.token + head * v.head, v.token, sums_row, padded,
+                      count, padded, block.count, true);
+      else
+        block_product(weights, value_rows, padded, sums_row, padded, count, padded, block.count, true);
     }
   }
 
@@ -222,8 +245,8 @@ void attention_bwd(const AttentionShape& shape, const AttentionMask& mask, Atten
     if (start < end) {
       const KeyBlock block = key_block(shape, mask, batch, start, end);
       pack_rows(shape, k, block, batch, head, key_rows, padded);
-      pack_columns(shape, k, block, batch, head, key_columns, padded);
-      pack_columns(shape, v, block, batch, head, value_columns, padded);
+      pack_columns(shape, k, block, batch, head, key_columns, padded, v);
+      pack_columns(shape, v, block, batch, head, value_columns, padded, v);
       for (int64_t row = 0; row < rows; row += kAttentionQueries) {
         const int64_t count = rows - row < kAttentionQueries ? rows - row : kAttentionQueries;
         block_product({queries + row * padded, padded, 1}, key_columns, kAttentionKeys, weights, kAttentionKeys, count,

@@ -1,5 +1,5 @@
 // Small float32 matrix products of blocks that lie in cache: C (+)= A B. A's elements are broadcast, so A may have any
-// strides (a transposed block costs nothing); rows of B and C are whole vectors.
+// strides (a transposed block costs nothing); rows of B, which may also be bfloat16, and of C are whole vectors.
 #pragma once
 #include "core/vec.h"
 
@@ -14,8 +14,8 @@ struct BlockA {
   int64_t row, depth;  // strides, elements
 };
 
-template <int kRows, int kVecs>
-MPLUG2_INLINE void product_tile(BlockA a, const float* b, int64_t b_stride, float* c, int64_t c_stride, int64_t depth,
+template <int kRows, int kVecs, class B>
+MPLUG2_INLINE void product_tile(BlockA a, const B* b, int64_t b_stride, float* c, int64_t c_stride, int64_t depth,
                                 bool accumulate) {
   Vec total[kRows][kVecs] = {};
   for (int64_t d = 0; d < depth; ++d) {
@@ -39,40 +39,47 @@ MPLUG2_INLINE void product_tile(BlockA a, const float* b, int64_t b_stride, floa
     }
 }
 
-template <int kRows>
-void product_rows(BlockA a, const float* b, int64_t b_stride, float* c, int64_t c_stride, int64_t columns,
-                  int64_t depth, bool accumulate) {
+template <int kRows, class B>
+void product_rows(BlockA a, const B* b, int64_t b_stride, float* c, int64_t c_stride, int64_t columns, int64_t depth,
+                  bool accumulate) {
   int64_t at = 0;
   for (; at + kTileVecs * kLanes <= columns; at += kTileVecs * kLanes)
     product_tile<kRows, kTileVecs>(a, b + at, b_stride, c + at, c_stride, depth, accumulate);
   for (; at < columns; at += kLanes) product_tile<kRows, 1>(a, b + at, b_stride, c + at, c_stride, depth, accumulate);
 }
 
+// f(Rows<n>{}), n at most kTileRows.
+template <int kRows>
+struct Rows {
+  static constexpr int count = kRows;
+};
+template <class F>
+MPLUG2_INLINE void with_rows(int64_t n, F f) {
+  switch (n) {
+    case 1:
+      return f(Rows<1>{});
+    case 2:
+      return f(Rows<2>{});
+    case 3:
+      return f(Rows<3>{});
+    case 4:
+      return f(Rows<4>{});
+    case 5:
+      return f(Rows<5>{});
+    default:
+      return f(Rows<6>{});
+  }
+}
+
 // C (rows, columns) = A (rows, depth) B (depth, columns), added to C if `accumulate`; columns is a multiple of kLanes.
-inline void block_product(BlockA a, const float* b, int64_t b_stride, float* c, int64_t c_stride, int64_t rows,
-                          int64_t columns, int64_t depth, bool accumulate) {
+template <class B>
+void block_product(BlockA a, const B* b, int64_t b_stride, float* c, int64_t c_stride, int64_t rows, int64_t columns,
+                   int64_t depth, bool accumulate) {
   for (int64_t row = 0; row < rows; row += kTileRows) {
     const BlockA part{a.data + row * a.row, a.row, a.depth};
-    float* out = c + row * c_stride;
-    switch (rows - row) {
-      case 1:
-        product_rows<1>(part, b, b_stride, out, c_stride, columns, depth, accumulate);
-        break;
-      case 2:
-        product_rows<2>(part, b, b_stride, out, c_stride, columns, depth, accumulate);
-        break;
-      case 3:
-        product_rows<3>(part, b, b_stride, out, c_stride, columns, depth, accumulate);
-        break;
-      case 4:
-        product_rows<4>(part, b, b_stride, out, c_stride, columns, depth, accumulate);
-        break;
-      case 5:
-        product_rows<5>(part, b, b_stride, out, c_stride, columns, depth, accumulate);
-        break;
-      default:
-        product_rows<6>(part, b, b_stride, out, c_stride, columns, depth, accumulate);
-    }
+    with_rows(rows - row < kTileRows ? rows - row : kTileRows, [&](auto tile) {
+      product_rows<decltype(tile)::count>(part, b, b_stride, c + row * c_stride, c_stride, columns, depth, accumulate);
+    });
   }
 }
 

@@ -1,4 +1,5 @@
-// linear on the CPU: the product by ATen (oneDNN), then activation and residual in one pass over it.
+// linear on the CPU: the product by ATen (oneDNN), then activation and residual in one pass over it; few rows by a
+// kernel of ours.
 #define MPLUG2_ISA baseline
 #include "core/cpu.h"
 #include "core/rows.h"
@@ -12,9 +13,47 @@ std::optional<Tensor> to_dtype(const std::optional<Tensor>& t, ScalarType dtype)
   return t ? std::optional<Tensor>(mplug2::to_dtype(*t, dtype)) : t;
 }
 
+// Up to so many rows oneDNN and MKL, made for many, take longer (docs/linear.md).
+template <class W>
+constexpr int64_t kMostFewRows = std::is_same_v<W, float> ? 64 : 8;
+
+template <class T, class W>
+std::tuple<Tensor, Tensor> few_rows(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                                    Activation activation, const std::optional<Tensor>& residual, bool return_pre,
+                                    int64_t num_rows) {
+  const auto kernels = MPLUG2_KERNELS(linear_kernels<T, W>());
+  const int64_t depth = weight.size(1), columns = weight.size(0);
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = columns;
+  const Tensor out = torch::stable::empty(sizes, x.scalar_type()), rows = as_float(x);
+  const Tensor pre = torch::stable::empty(return_pre ? sizes : std::vector<int64_t>{0}, x.scalar_type());
+  const Tensor packed = weight.stride(1) == 1 || depth == 1 ? weight : torch::stable::contiguous(weight);
+  const Tensor biases = bias ? torch::stable::contiguous(*bias) : out;
+  const FewRows<T> p{data<float>(rows),
+                     data<T>(packed),
+                     bias ? data<T>(biases) : nullptr,
+                     residual ? data<T>(*residual) : nullptr,
+                     mutable_data<T>(out),
+                     return_pre ? mutable_data<T>(pre) : nullptr,
+                     num_rows,
+                     depth,
+                     columns,
+                     packed.stride(0)};
+  // A thread is worth waking for some 10 microseconds.
+  const int64_t grain = std::max<int64_t>(1, (1 << 18) / std::max<int64_t>(1, num_rows * depth * kFewColumns));
+  torch::stable::parallel_for(0, (columns + kFewColumns - 1) / kFewColumns, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block)
+      kernels.few_rows(p, activation, block * kFewColumns, std::min(columns, (block + 1) * kFewColumns));
+  });
+  return {out, pre};
+}
+
 template <class T, class W>
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                                    Activation activation, const std::optional<Tensor>& residual, bool return_pre) {
+  const int64_t num_rows = x.numel() / std::max<int64_t>(1, weight.size(1));
+  if (num_rows <= kMostFewRows<W> && x.numel() > 0)
+    return few_rows<T, W>(x, weight, bias, activation, residual, return_pre, num_rows);
   const auto kernels = MPLUG2_KERNELS(linear_kernels<T, W>());
   const ScalarType dtype = Element<W>::dtype;
   const Tensor pre = call<Tensor>("aten::linear", "", mplug2::to_dtype(x, dtype), mplug2::to_dtype(weight, dtype),

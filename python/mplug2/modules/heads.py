@@ -26,7 +26,7 @@ class LmHead(nn.Module):
         return self.norm(self.dense(x, activation="gelu"))
 
     def logits(self, x: Tensor, word: Tensor) -> Tensor:
-        return F.linear(self.features(x), word, self.bias)
+        return ops.linear(self.features(x), word, self.bias)
 
     def loss(self, x: Tensor, word: Tensor, labels: Tensor, *, reduction: str = "mean") -> Tensor:
         """Cross-entropy of x (R, S, D) against labels (R, S), -100 ignored: "mean" over labels or "row" sums (R,)."""

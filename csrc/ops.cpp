@@ -101,11 +101,17 @@ bool has_bf16_products() { return mplug2::has_bf16_products(); }
 
 }  // namespace
 
-// What the CPU at hand offers: "baseline", "avx2", "avx512" or "amx"; and whether it multiplies bfloat16 in hardware.
 STABLE_TORCH_LIBRARY(mplug2_cpu, m) {
+  // What the CPU at hand offers: "baseline", "avx2", "avx512" or "amx"; and whether it multiplies bfloat16 in hardware.
   m.def("instruction_set() -> str");
   m.def("has_bf16_products() -> bool");
   m.def("force_instruction_set(str name) -> ()");
+  // Round an int8 product: rounded = round(x / scales) + 128, scales = max |x| / 127 of each row, NaN where a row is
+  // not finite; out = activation(scales product + bias) + residual.
+  m.def("int8_round_rows(Tensor x) -> (Tensor rounded, Tensor scales)");
+  m.def(
+      "int8_finish(Tensor product, Tensor scales, Tensor? bias, str activation, Tensor? residual, Tensor(a!) out) "
+      "-> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mplug2_cpu, CompositeExplicitAutograd, m) {

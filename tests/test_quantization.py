@@ -15,7 +15,7 @@ from mplug2.data.clothes.pictures import BUNDLED, read_pictures
 from mplug2.data.clothes.scripts import write_scripts
 from mplug2.modules.layers import CrossAttention, Linear
 from mplug2.ops import reference
-from mplug2.quantization import Int8Linear, is_quantized, is_supported, quantize_int8, round_rows, weight_bytes
+from mplug2.quantization import Int8Linear, is_quantized, is_supported, quantize_int8, weight_bytes
 
 pytestmark = pytest.mark.skipif(not is_supported(), reason="int8 needs an x86 CPU with VNNI and a torch with oneDNN")
 
@@ -62,6 +62,7 @@ def test_scales_are_of_each_row():
     x = _rows(9, 64)
     alone = Int8Linear(layer)(x[1:])
     assert torch.equal(Int8Linear(layer)(x)[1:], alone)  # the massive token costs the others nothing
+    round_rows = torch.ops.mplug2_cpu.int8_round_rows
     rounded, scales = round_rows(x)
     torch.testing.assert_close((rounded.float() - 128) * scales, x, rtol=0, atol=x[0].abs().max().item() / 253)
     assert ((rounded.int() - 128).abs().amax(1) == 127).all()
@@ -188,3 +189,33 @@ def test_command_line_takes_it(tmp_path):
     assert result.exit_code == 0
     assert json.loads(result.stdout)["caption"].startswith("a ")
     assert CliRunner().invoke(app, ["caption", "--quantize", "int4", str(clip)]).exit_code == 2
+
+
+@pytest.mark.parametrize("name", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_instruction_sets_agree(name, dtype):
+    widest = torch.ops.mplug2_cpu.instruction_set()
+    if name == "avx512" and widest not in ("avx512", "amx"):
+        pytest.skip("this CPU has no AVX-512")
+    x, layer = _rows(9, 133, dtype=dtype), Int8Linear(_linear(133, 50, dtype=dtype))
+    residual = _rows(9, 50, dtype=dtype)
+    rounded, scales = torch.ops.mplug2_cpu.int8_round_rows(x)
+    expected = layer(x, activation="gelu", residual=residual)
+    with mplug2.ops.layer(name):
+        again, scales_again = torch.ops.mplug2_cpu.int8_round_rows(x)
+        actual = layer(x, activation="gelu", residual=residual)
+    torch.testing.assert_close(scales_again, scales, rtol=1e-6, atol=0)
+    assert (again.int() - rounded.int()).abs().max() <= 1  # halves, by one rounding of the product or two
+    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2 * expected.abs().max().item())
+
+
+def test_compiled_passes_refuse_what_they_cannot_read():
+    with pytest.raises(RuntimeError, match="int8 linear: must be float32 or bfloat16, got float16"):
+        torch.ops.mplug2_cpu.int8_round_rows(torch.zeros(2, 4, dtype=torch.float16))
+    with pytest.raises(RuntimeError, match=r"int8 linear: x must have shape \[R, D\]"):
+        torch.ops.mplug2_cpu.int8_round_rows(torch.zeros(4))
+    y, scales, out = torch.zeros(2, 4), torch.ones(2, 1), torch.zeros(2, 4)
+    with pytest.raises(RuntimeError, match=r"int8 linear: bias must have shape \[out\] = \[4\], got \[3\]"):
+        torch.ops.mplug2_cpu.int8_finish(y, scales, torch.zeros(3), "none", None, out)
+    with pytest.raises(RuntimeError, match="must be contiguous"):
+        torch.ops.mplug2_cpu.int8_finish(y, scales, None, "none", None, torch.zeros(4, 2).t())

@@ -33,6 +33,7 @@ typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t VecInt __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t VecBits __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t VecHalf __attribute__((vector_size(2 * kLanes)));
+typedef uint8_t VecByte __attribute__((vector_size(kLanes)));
 
 MPLUG2_INLINE Vec splat(float value) { return value - Vec{}; }  // minus: exact for -0 too, so no addition is left
 
@@ -83,6 +84,16 @@ MPLUG2_INLINE void store(Bf16* p, Vec v, Whole) {
   const VecHalf half = narrow(v);
   std::memcpy(p, &half, sizeof half);
 }
+// Of numbers in [0, 256), cut.
+MPLUG2_INLINE void store_bytes(uint8_t* p, Vec v, Whole) {
+  const VecInt cut = __builtin_convertvector(v, VecInt);
+#if defined(__AVX512F__)
+  const __m128i bytes = _mm512_maskz_cvtepi32_epi8(0xffff, reinterpret_cast<__m512i>(cut));
+#else
+  const VecByte bytes = __builtin_convertvector(cut, VecByte);
+#endif
+  std::memcpy(p, &bytes, sizeof bytes);
+}
 template <class T>
 MPLUG2_INLINE Vec load(const T* p, Part part) {
   T lanes[kLanes] = {};
@@ -94,6 +105,12 @@ MPLUG2_INLINE void store(T* p, Vec v, Part part) {
   T lanes[kLanes];
   store(lanes, v, Whole{});
   std::memcpy(p, lanes, part.count * sizeof(T));
+}
+
+MPLUG2_INLINE void store_bytes(uint8_t* p, Vec v, Part part) {
+  uint8_t lanes[kLanes];
+  store_bytes(lanes, v, Whole{});
+  std::memcpy(p, lanes, part.count);
 }
 
 // f(i, lanes) for i = 0, kLanes, ... below n; `lanes` is Whole, and Part at the end if n is no multiple of kLanes.

@@ -1,21 +1,10 @@
 // The activation and the residual of linear in one pass over the product, a whole linear of few rows, and the
 // activation's slope in the backward pass.
-#include "linear/linear.h"
+#include "linear/linear_activation.h"
 #include "linear/linear_few_rows.h"
 
 namespace mplug2::MPLUG2_ISA {
 namespace {
-
-// Calls f with the activation as a compile-time constant.
-template <class F>
-MPLUG2_INLINE void with_activation(Activation activation, F f) {
-  if (activation == Activation::kGelu)
-    f([](Vec x) { return gelu(x); }, [](Vec x) { return gelu_slope(x); });
-  else if (activation == Activation::kQuickGelu)
-    f([](Vec x) { return quick_gelu(x); }, [](Vec x) { return quick_gelu_slope(x); });
-  else
-    f([](Vec x) { return x; }, [](Vec) { return splat(1.0f); });
-}
 
 template <class T, class W>
 void finish(Activation activation, const W* pre, const T* residual, T* out, int64_t count) {

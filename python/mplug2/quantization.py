@@ -3,15 +3,16 @@
     out = activation(s_r s_c (q_x q_w^T) + bias) + residual,   q_x = round(x / s_r),   q_w = round(w / s_c)
 
 s_r = max |x| / 127 of every row (token), s_c = max |w| / 127 of every output channel: one token of large activations
-costs the others nothing. The product is oneDNN's, exact in int32; all that follows is float32. `docs/quantization.md`.
+costs the others nothing. The product is oneDNN's, exact in int32; what goes round it is ours, in float32
+(`csrc/int8_linear`). `docs/quantization.md`.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mplug2._memory import return_free_memory
 from mplug2.modules.layers import Linear
 from mplug2.ops.linear import ACTIVATIONS
 
@@ -65,38 +66,23 @@ class Int8Linear(nn.Module):
                 f"int8 linear: residual must be {out.dtype} {list(out.shape)}, got {residual.dtype} "
                 f"{list(residual.shape)}"
             )
+        if x.dtype == torch.float16:  # has no compiled passes
+            added = None if residual is None else residual.float()
+            return self(x.float(), activation=activation, residual=added).half()
         rows = x.reshape(-1, self.in_features).split(_ROWS)
         outs = out.view(-1, self.out_features).split(_ROWS)
         added = [None] * len(rows) if residual is None else residual.reshape(-1, self.out_features).split(_ROWS)
-        for part, out_part, residual_part in zip(rows, outs, added, strict=True):
-            self._rows(part, activation, residual_part, out_part)
+        for part, residual_part, out_part in zip(rows, added, outs, strict=True):
+            rounded, scales = torch.ops.mplug2_cpu.int8_round_rows(part)
+            y = _product(rounded, self._weight, self._scales, self._zeros)
+            torch.ops.mplug2_cpu.int8_finish(y, scales, self._bias, activation or "none", residual_part, out_part)
         return out
-
-    def _rows(self, x: Tensor, activation: str | None, residual: Tensor | None, out: Tensor) -> None:
-        rounded, scales = round_rows(x)
-        y = _product(rounded, self._weight, self._scales, self._zeros)
-        y = y.mul_(scales) if self._bias is None else torch.addcmul(self._bias, y, scales, out=y)
-        if activation == "gelu":
-            y = F.gelu(y)
-        elif activation == "quick_gelu":
-            y = F.silu(y.mul_(1.702), inplace=True).mul_(1 / 1.702)  # z sigmoid(1.702 z) = silu(1.702 z) / 1.702
-        if residual is None:
-            out.copy_(y)
-        else:
-            torch.add(y, residual, out=out)
 
     def _apply(self, *args, **kwargs):
         raise RuntimeError("int8 linear: a quantized model stays on the CPU and in its dtype; make another one")
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self._bias is not None}, int8"
-
-
-def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (R, D) -> round(x / s) + 128 (R, D) uint8 and s (R, 1) float32, s = max |x| / 127 of each row."""
-    scales = x.abs().amax(-1, keepdim=True).float().div_(127).clamp_min_(torch.finfo(torch.float32).tiny)
-    half_up = torch.full((), _ZERO + 0.5)  # all are positive: the conversion, which cuts, rounds
-    return torch.addcmul(half_up, x, scales.reciprocal()).to(torch.uint8), scales
 
 
 def quantize_int8(module: nn.Module) -> nn.Module:
@@ -120,6 +106,7 @@ def quantize_int8(module: nn.Module) -> nn.Module:
         for name, layer in list(parent.named_children()):
             if isinstance(layer, Linear):
                 setattr(parent, name, Int8Linear(layer))
+    return_free_memory()  # of a heap full of holes where the weights were
     return module.requires_grad_(False).eval()
 
 

@@ -9,7 +9,6 @@ Each stage ends with, and the next begins from, the running average of the weigh
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import json
 import logging
@@ -24,6 +23,7 @@ import torch
 import torch.distributed as dist
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mplug2._memory import return_free_memory
 from mplug2.composition import compose
 from mplug2.config import get_config
 from mplug2.data.clothes.pictures import read_pictures
@@ -119,7 +119,9 @@ class _Run:
                 if done % _LOG_STEPS == 0 or done == stage.num_steps:
                     rate = (done - logged) * stage.batch_size / (time.monotonic() - began)
                     self._log({"stage": stage.name, "step": done, "samples_per_second": round(rate, 1), **losses})
-                    _return_free_memory()
+                    # The heap comes to be full of holes between aligned blocks of many sizes: 5 MB more a step of
+                    # clips, 16 GB and the end of the run after some hundred.
+                    return_free_memory()
                     began, logged = time.monotonic(), done
                 if done % recipe.checkpoint_steps == 0 and done < stage.num_steps:
                     self._save(index, done)
@@ -172,13 +174,6 @@ def _start_from(parts: torch.nn.Module, folder: Path) -> None:
         if name not in tensors:
             raise ValueError(f"{tensors.path}: lacks {name}; start from a folder of the same model")
         p.data.copy_(tensors[name])
-
-
-def _return_free_memory() -> None:
-    """Give the pages that malloc holds free back to the system. glibc's heap comes to be full of holes between aligned
-    blocks of many sizes: 5 MB more a step of clips, 16 GB and the end of the run after some hundred."""
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
 
 
 @contextlib.contextmanager

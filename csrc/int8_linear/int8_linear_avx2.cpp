@@ -1,0 +1,2 @@
+#define MPLUG2_ISA avx2
+#include "int8_linear/int8_linear_rows.h"

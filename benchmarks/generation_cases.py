@@ -95,12 +95,13 @@ class Way:
         self.found = self._search(tokens, beam_size=5, min_length=lengths[0], max_length=lengths[1])
 
 
-def our_way(model: Model) -> Way:
+def our_way(model: Model, *, cuda_graph: bool = False) -> Way:
     decoder = model.parts.decoder
 
     def search(tokens: Tensor, **options) -> list[list[Hypothesis]]:
         items = ((item, None) for item in tokens)
-        found = dict(decode_stream(decoder, items, BeamSearch(decoder, **options), num_slots=len(tokens)))
+        search = BeamSearch(decoder, **options)
+        found = dict(decode_stream(decoder, items, search, num_slots=len(tokens), cuda_graph=cuda_graph))
         return [found[item] for item in range(len(tokens))]
 
     return Way(model.parts.encode_vision, search)

@@ -325,6 +325,17 @@ def test_tokens_beyond_the_end_are_never_read(backend, length, groups):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7FC00000, 0x7F800001])
+def test_nan_of_any_bits_is_not_lost(bits):
+    """An exponential made of bits could turn 0x7fffffff, a GPU's NaN, into a number."""
+    q, k, v = torch.randn(3, 1, 20, 1, 64, generator=torch.Generator().manual_seed(0)).unbind(0)
+    k.view(torch.int32)[0, 3, 0, 0] = bits
+    assert ops.attention(q, k, v).isnan().all()
+    k[0, 3, 0, 0] = 0
+    q.view(torch.int32)[0, 3, 0, 0] = bits
+    assert ops.attention(q, k, v).isnan().all(-1)[0, :, 0].nonzero().tolist() == [[3]]
+
+
 @pytest.mark.parametrize("options", [{}, {"causal": True}], ids=str)
 def test_nan_stays_in_its_query(backend, options):
     shape = (1, 1, 133, 133, 1, 64)

@@ -1,12 +1,14 @@
 """The running batch equals a search of one item alone, without cache: whatever shares the batch, comes and leaves."""
 
 import itertools
+import math
 
 import pytest
 import torch
 
 from mplug2.config import DecoderConfig, TextConfig
 from mplug2.generation import BeamSearch, Sampling, decode, decode_stream
+from mplug2.generation.engine import _ContextSlots
 from mplug2.modules import Decoder
 from plain_generation import plain_beam_search, plain_sample
 
@@ -176,6 +178,50 @@ def test_float32_agrees_where_the_cut_is_clear():
             scores = [h.score for h in truth[i]]
             if min((a - b for a, b in itertools.pairwise(scores)), default=1) > 1e-4:
                 assert_same(found, truth[i], tolerance=1e-4)
+
+
+def test_absorbed_tokens_are_kept_once():
+    decoder, items = make_decoder(3), make_items(3, [5, 8])
+    slots = _ContextSlots(decoder, 2, absorb=True)
+    for slot, (tokens, _) in enumerate(items):
+        slots.put(slot, tokens, None)
+    context = slots.first(2)
+    assert len(slots.layers) == 1
+    assert len(context.layers) == len(decoder.layers)
+    assert len({layer.data_ptr() for layer in context.layers}) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)  # by the reference, by the kernels
+@pytest.mark.parametrize("method", [BeamSearch, Sampling])
+def test_an_item_that_is_not_finite_leaves_the_next_one_alone(method, dtype):
+    decoder, items = make_decoder(6, dtype), make_items(6, [5, 5, 5], dtype)
+    items[0] = (torch.full_like(items[0][0], torch.nan), None)
+    options = {"min_length": 2, "max_length": 7} | ({"seed": 0} if method is Sampling else {"num_return": 2})
+    found = dict(decode_stream(decoder, items, method(decoder, **options), num_slots=1))
+    expected = dict(decode_stream(decoder, [items[1], *items[1:]], method(decoder, **options), num_slots=1))
+    assert all(math.isnan(h.score) for h in found[0])
+    assert len(found[0]) == len(expected[0])
+    for item in (1, 2):
+        assert_same(found[item], expected[item])
+
+
+def test_an_error_of_the_items_waits_for_those_before_it():
+    decoder, items = make_decoder(6), make_items(6, [5, 5, 5])
+
+    def source():
+        yield from items
+        raise OSError("the disk is gone")
+
+    found = decode_stream(decoder, source(), BeamSearch(decoder, **BEAMS), num_slots=8)
+    assert sorted(next(found)[0] for _ in items) == [0, 1, 2]
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(found)
+
+
+def test_no_slots_are_an_error_at_once():
+    decoder = make_decoder(6)
+    with pytest.raises(ValueError, match=r"num_slots \(batch_size\) must be at least 1, got 0"):
+        decode_stream(decoder, [], BeamSearch(decoder, **BEAMS), num_slots=0)
 
 
 def test_nothing_in_nothing_out():

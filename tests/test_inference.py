@@ -1,7 +1,10 @@
 """Runs over many files: found lazily, read by processes, written once each, whatever is killed on the way."""
 
+import contextlib
+import gc
 import io
 import json
+import math
 import os
 import random
 import signal
@@ -26,7 +29,7 @@ from make_clips import make_video
 from mplug2.cli import app
 from mplug2.data import MediaError, Transform
 from mplug2.data.loading import equal_batches, read_ahead
-from mplug2.inference import Answering, Captioning, FeaturesFile, ResultsFile, Share, find_items, run
+from mplug2.inference import Answering, Captioning, Embedding, FeaturesFile, ResultsFile, Share, find_items, run
 from mplug2.inference.reading import Reader
 from mplug2.inference.sources import Item, expand_braces
 
@@ -127,6 +130,11 @@ def test_a_line_that_does_not_fit_is_named(tmp_path, line):
         list(find_items([str(tmp_path / "list.jsonl")]))
 
 
+def test_standard_input_may_name_files_in_any_bytes(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9.mp4\n"), encoding="utf-8"))
+    assert [os.fsencode(item.source) for item in find_items(["-"])] == [b"caf\xe9.mp4"]
+
+
 def test_braces():
     assert list(expand_braces("a{08..10}-{x,y}.tar")) == [f"a{i}-{s}.tar" for i in ("08", "09", "10") for s in "xy"]
     assert list(expand_braces("awk '{print}' {3..4}")) == ["awk '{print}' 3", "awk '{print}' 4"]
@@ -168,6 +176,11 @@ def test_a_shard_that_breaks_is_an_error_and_the_others_go_on(tmp_path):
     names = [item.name.removeprefix(f"{tmp_path}/") for item in items]
     assert names == ["0.tar/a.mp4", "0.tar", "1.tar", "2.tar/c.mp4", f"{pipe}/c.mp4", pipe]
     assert all(item.error.startswith(item.name) for item in items if item.error)
+
+
+def test_an_address_that_cannot_be_is_an_error_of_its_shard():
+    (item,) = find_items(["http://127.0.0.1:1/a b.tar"])
+    assert item.error.startswith("http://127.0.0.1:1/a b.tar: ")
 
 
 def test_shares_part_the_items_exactly(tmp_path):
@@ -267,6 +280,7 @@ def test_a_file_that_kills_or_hangs_its_process_stops_no_other(clip):
     assert "text file" in found["text"]
     assert all(found[name].startswith(f"{name}: ") for name in ("dies", "hangs", "text"))
     assert all(found[f"good{i}"].shape == (8, 64, 64, 3) for i in range(4))
+    assert len(reader._workers) == 1  # of those that ended nothing is held
 
 
 def test_reading_stays_a_bounded_number_ahead(clip):
@@ -343,6 +357,31 @@ def test_every_item_has_one_line(model, folder, tmp_path, clip):
     with ResultsFile(out) as results:
         assert run(model, find_items(sources), Captioning(), results, num_workers=1).num_added == 0
     assert lines(out) == rows
+
+
+def test_a_list_that_asks_is_captioned_once_a_file(model, folder, tmp_path):
+    asked = [{"file": f, "question": q} for q in ("what?", "where?") for f in ("0.mp4", "text.mp4", "1.mp4")]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(line) + "\n" for line in asked))
+    sources = {"sources": [str(tmp_path / "asked.jsonl")], "root": str(folder)}
+    for _ in range(2):
+        with ResultsFile(tmp_path / "out.jsonl") as results:
+            run(model, find_items(**sources), Captioning(options=QUICK), results, num_workers=1)
+        rows = lines(tmp_path / "out.jsonl")
+        assert sorted(row["file"] for row in rows) == ["0.mp4", "1.mp4", "text.mp4"]
+
+
+def test_numbers_that_are_not_finite_are_an_error_of_their_file(folder, tmp_path):
+    broken = mplug2.create_model("nano", random_weights=True)
+    broken.parts.decoder.head.bias.data.fill_(torch.nan)
+    path = str(folder / "0.mp4")
+    with ResultsFile(tmp_path / "c.jsonl") as results:
+        run(broken, find_items([path]), Captioning(), results, num_workers=1)
+    broken.parts.vision.class_embedding.data.fill_(torch.nan)
+    with ResultsFile(tmp_path / "e.jsonl") as results, FeaturesFile(tmp_path / "e.npy", num_rows=0, width=128) as kept:
+        run(broken, find_items([path]), Embedding(kept), results, num_workers=1)
+    for rows in (lines(tmp_path / "c.jsonl"), lines(tmp_path / "e.jsonl")):
+        assert [row["error"].startswith(f"{path}: the model's numbers are not finite") for row in rows] == [True]
+    assert math.isnan(broken.caption(path, return_scores=True)[1])
 
 
 def test_several_captions_share_a_line(model, folder, tmp_path):
@@ -451,6 +490,40 @@ def test_command_asks_a_list(folder, tmp_path):
     assert "0.mp4: no question is asked" in result.stderr
 
 
+def test_features_are_written_over_nothing_else(folder, tmp_path):
+    options = ["--random-weights", "--workers", 1, "--out"]
+    result = command("embed", folder, *options, tmp_path / "x.npy")
+    assert result.exit_code == 2
+    assert "x.npy: is where the features go" in result.stderr
+    np.save(tmp_path / "y.npy", np.arange(3))
+    (tmp_path / "z.npy").write_text("notes\n")
+    for name, message in (("y", "expected 0 rows of 128 float32"), ("z", "is no .npy file of features")):
+        content = (tmp_path / f"{name}.npy").read_bytes()
+        result = command("embed", folder, *options, tmp_path / f"{name}.jsonl")
+        assert result.exit_code == 2
+        assert message in result.stderr
+        assert (tmp_path / f"{name}.npy").read_bytes() == content
+
+
+def test_a_line_taken_out_loses_no_row_of_the_others(folder, tmp_path):
+    arguments = ["embed", folder, "--random-weights", "--workers", 1, "--out", tmp_path / "x.jsonl"]
+    command(*arguments)
+    before = np.load(tmp_path / "x.npy")
+    kept = [line for line in lines(tmp_path / "x.jsonl") if line.get("row") != 4]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    command(*arguments)
+    rows = [line["row"] for line in lines(tmp_path / "x.jsonl") if "row" in line]
+    assert sorted(rows) == [0, 1, 2, 3, 5, 6, 7, 8, 9, 10]
+    assert (np.load(tmp_path / "x.npy")[:10] == before).all()
+
+
+def test_torchrun_does_not_share_standard_input(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = command("caption", "-", "--out", tmp_path / "x.jsonl")
+    assert result.exit_code == 2
+    assert "share one standard input" in result.stderr
+
+
 def test_command_embeds_a_folder(folder, tmp_path):
     options = ["--normalize", "--random-weights", "--workers", 1, "--out", tmp_path / "x.jsonl"]
     assert command("embed", folder / "b", *options).exit_code == 1
@@ -540,8 +613,27 @@ def test_a_bad_file_of_a_generator_is_named(model, folder):
         next(captions)
 
 
+def test_good_files_come_before_the_error_of_a_bad_one(model, folder):
+    captions = model.caption((folder / name for name in ("0.mp4", "1.mp4", "text.mp4", "2.mp4")), **QUICK)
+    assert [next(captions), next(captions)] == [model.caption(folder / "0.mp4", **QUICK)] * 2
+    with pytest.raises(MediaError, match=r"text\.mp4"):
+        next(captions)
+
+
+def test_gradients_are_on_after_captions(model, folder):
+    for source in (folder / "0.mp4", [folder / "0.mp4", folder / "text.mp4"]):
+        with contextlib.suppress(MediaError):
+            model.caption(source, batch_size=1, **QUICK)
+        gc.collect()
+        assert torch.is_grad_enabled()
+
+
 def test_ray_gives_errors_as_a_column(folder):
     pytest.importorskip("ray.data")
+    from mplug2.inference.ray import caption
+
+    with pytest.raises(ValueError, match="num_captions must be 1"):
+        caption([], num_captions=2)
     # In a program of its own: Ray warns in its own ways, and leaves processes behind until its driver ends.
     code = "import json, sys; from mplug2.inference.ray import caption\n"
     code += "rows = caption(sys.argv[1:], num_actors=1, batch_size=4, create={'random_weights': True}).take_all()\n"

@@ -1,6 +1,8 @@
 """int8 linear layers: error bounds, semantics, what nano says with them, memory and errors."""
 
 import json
+import weakref
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import mplug2
+from mplug2 import quantization
 from mplug2.cli import app
 from mplug2.data.clothes.folder import draw_file
 from mplug2.data.clothes.pictures import BUNDLED, read_pictures
@@ -111,6 +114,16 @@ def test_only_linear_layers_are_replaced_and_memory_falls():
     assert weight_bytes(Int8Linear(_linear(16, 8, bias=False))) == 16 * 8 + 8 * 8  # weights; scales, zero points
     assert type(parts.vision.blocks[0].local_temporal1.down) is nn.Linear
     assert "int8" in repr(parts)
+
+
+def test_weights_are_let_go_one_by_one(monkeypatch):
+    parts = mplug2.compose(["video-qa"], "nano")
+    alive = [weakref.ref(layer) for layer in parts.modules() if isinstance(layer, Linear)]
+    counts = []
+    monkeypatch.setattr(quantization, "return_free_memory", lambda: counts.append(sum(r() is not None for r in alive)))
+    quantize_int8(parts)
+    assert counts[-1] == 0
+    assert all(later < earlier for earlier, later in pairwise([len(alive), *counts]))
 
 
 def test_nano_names_what_it_sees():

@@ -164,12 +164,11 @@ MPLUG2_INLINE Vec exp_negative(Vec x) {
   p = p * r + 1.0f;
   p = p * r + 1.0f;
   const Vec scaled = reinterpret_cast<Vec>(reinterpret_cast<VecBits>(p) + (reinterpret_cast<VecBits>(shifted) << 23));
-  return x < -87.33f ? Vec{} : scaled;
+  return x < -87.33f ? Vec{} : x == x ? scaled : x;
 }
 // e^x for any x; infinity above 88.7.
 MPLUG2_INLINE Vec exp(Vec x) {
-  const Vec y = x > 88.72f ? splat(__builtin_inff()) : exp_negative(x);
-  return x == x ? y : x;
+  return x > 88.72f ? splat(__builtin_inff()) : exp_negative(x);
 }
 
 MPLUG2_INLINE Vec reciprocal(Vec x) {

@@ -217,8 +217,9 @@ class Model(nn.Module):
     def _encoded(self, sources, batch_size: int) -> Iterator[Tensor]:
         """Visual tokens (B, K, D) of videos in order, a batch at a time."""
         for video in self._batches(sources, batch_size):
-            with torch.no_grad():
-                yield self.parts.encode_vision(video)
+            with torch.no_grad():  # not round the yield: who takes the tokens may have gradients on
+                visual = self.parts.encode_vision(video)
+            yield visual
 
     def _batches(self, sources, batch_size: int) -> Iterator[Tensor]:
         """Normalised videos (B, 3, T, H, W) in order; frames of equal number share a batch."""

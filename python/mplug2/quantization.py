@@ -102,11 +102,12 @@ def quantize_int8(module: nn.Module) -> nn.Module:
             )
     if not is_supported():
         raise ValueError("quantize: int8 needs an x86 CPU with VNNI and a torch with oneDNN; leave quantize out")
-    for parent in list(module.modules()):
+    for parent in [parent for parent in module.modules() if any(isinstance(c, Linear) for c in parent.children())]:
         for name, layer in list(parent.named_children()):
             if isinstance(layer, Linear):
                 setattr(parent, name, Int8Linear(layer))
-    return_free_memory()  # of a heap full of holes where the weights were
+        del layer  # the last reference to its weight
+        return_free_memory()  # the heap comes to be full of holes where weights were
     return module.requires_grad_(False).eval()
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import BinaryIO, TypeVar
 
 from torch import Tensor
 
+from mplug2._errors_last import ErrorsLast
 from mplug2.data.images import is_still, read_image
 from mplug2.data.source import open_source
 from mplug2.data.transform import Transform
@@ -57,18 +58,21 @@ def read_ahead(
     """`read` of every source, in order; threads read up to `ahead` sources before they are asked for.
 
     Paths and bytes are read in the threads; anything else, such as a file that its owner may close or move on, before
-    the next source is taken.
+    the next source is taken. An error, of a source or of `sources`, is raised in its turn.
     """
     pool = ThreadPoolExecutor(num_threads)
-    waiting: deque[Future | Result] = deque()
+    waiting: deque[Future[Result]] = deque()
+    taken = ErrorsLast(sources)
     try:
-        for source in sources:
-            is_free = isinstance(source, (str, os.PathLike, bytes))
-            waiting.append(pool.submit(read, source) if is_free else read(source))
+        for source in taken:
+            waiting.append(pool.submit(read, source))
+            if not isinstance(source, (str, os.PathLike, bytes)):
+                wait([waiting[-1]])
             if len(waiting) > ahead:
-                yield _result(waiting.popleft())
+                yield waiting.popleft().result()
         while waiting:
-            yield _result(waiting.popleft())
+            yield waiting.popleft().result()
+        taken.finish()
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -79,10 +83,11 @@ def equal_batches(
     """Batches of up to batch_size (number, item) whose `shape` is equal; numbers count the items from 0.
 
     Items of one shape keep their order, those of several overtake each other; none waits for more than 4 batches of
-    others.
+    others. An error of `items` is raised behind the last batch.
     """
+    taken = ErrorsLast(items)
     groups: dict[Hashable, list[tuple[int, Item]]] = {}
-    for number, item in enumerate(items):
+    for number, item in enumerate(taken):
         kind = shape(item)
         groups.setdefault(kind, []).append((number, item))
         if len(groups[kind]) == batch_size:
@@ -90,7 +95,4 @@ def equal_batches(
         for late in [kind for kind, group in groups.items() if number - group[0][0] >= 4 * batch_size]:
             yield groups.pop(late)
     yield from groups.values()
-
-
-def _result(read: Future | Result) -> Result:
-    return read.result() if isinstance(read, Future) else read
+    taken.finish()

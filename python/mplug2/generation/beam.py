@@ -106,7 +106,8 @@ class BeamSearch(Search):
     def result(self, slot: int) -> list[Hypothesis]:
         scores = self.found_score[slot, : self.num_return].tolist()
         rows = zip(self.found_ids[slot].tolist(), self.found_length[slot].tolist(), scores, strict=False)
-        return [Hypothesis(ids[:length], score) for ids, length, score in rows if score > -torch.inf]
+        # Where numbers are not finite the score is NaN, and the text means nothing.
+        return [Hypothesis(ids[:length], score) for ids, length, score in rows if score != -torch.inf]
 
 
 def beam_search(

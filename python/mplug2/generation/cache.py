@@ -48,6 +48,13 @@ class Cache:
             for filled in (layer.keys[: len(rows), :num_tokens], layer.values[: len(rows), :num_tokens]):
                 filled.copy_(filled[rows])
 
+    def clear(self, rows: slice) -> None:
+        """Zero some rows: what is behind a row's length is hidden, but NaN there would count in the reference."""
+        for layer in self.layers:
+            for stored in (layer.keys, layer.values):
+                if stored is not None:
+                    stored[rows] = 0
+
     def move(self, source: slice, target: slice) -> None:
         """Some rows, copied over others."""
         for layer in self.layers:

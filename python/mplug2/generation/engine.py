@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from mplug2._errors_last import ErrorsLast
 from mplug2.generation.cache import Cache, log_probs
 from mplug2.generation.search import Hypothesis, Search
 from mplug2.modules.decoder import Context, Decoder
@@ -32,7 +33,6 @@ def decode(decoder: Decoder, context: Context, search: Search) -> list[list[Hypo
     return [search.result(slot) for slot in range(num_items)]
 
 
-@torch.no_grad()
 def decode_stream(
     decoder: Decoder,
     items: Iterable[tuple[Tensor, Tensor | None]],
@@ -46,12 +46,30 @@ def decode_stream(
 
     Args:
         items: context tokens (K, D) and their mask (K,) bool or None, of equal or unequal K; taken from the iterator
-            only when a slot is free.
+            only when a slot is free. An error of theirs is raised when the items before it are done.
         num_slots: items decoded side by side.
         absorb: see `Decoder.project`: a fraction 1 / (2 * layers) of the memory of keys and values.
         cuda_graph: steps of one shape, closed slots included, captured where there is a GPU; not yet run on one.
+
+    Raises:
+        ValueError: num_slots is below 1.
     """
-    waiting = enumerate(items)
+    if num_slots < 1:
+        raise ValueError(f"decode_stream: num_slots (batch_size) must be at least 1, got {num_slots}")
+    return _stream(decoder, items, search, num_slots, absorb, cuda_graph)
+
+
+@torch.no_grad()
+def _stream(
+    decoder: Decoder,
+    items: Iterable[tuple[Tensor, Tensor | None]],
+    search: Search,
+    num_slots: int,
+    absorb: bool,
+    cuda_graph: bool,
+) -> Iterator[tuple[int, list[Hypothesis]]]:
+    taken = ErrorsLast(items)
+    waiting = enumerate(taken)
     slots, occupied, batch = _ContextSlots(decoder, num_slots, absorb=absorb), {}, None
     while True:
         for slot in range(num_slots):
@@ -62,6 +80,7 @@ def decode_stream(
                     batch = _RunningBatch(decoder, search, num_slots, slots.first(1), cuda_graph=cuda_graph)
                 batch.admit(slot)
         if not occupied:
+            taken.finish()
             return
         if not batch.is_fixed:  # closed slots would cost their share of every step
             for slot in range(len(occupied)):
@@ -90,13 +109,17 @@ class _RunningBatch:
 
     def admit(self, slot: int) -> None:
         self.search.admit(slot)
+        self.cache.clear(self._rows(slot))
         self.ages[slot] = 0
 
     def move(self, source: int, target: int) -> None:
         self.search.move(source, target)
-        width = self.search.width
-        self.cache.move(slice(source * width, (source + 1) * width), slice(target * width, (target + 1) * width))
+        self.cache.move(self._rows(source), self._rows(target))
         self.ages[target] = self.ages[source]
+
+    def _rows(self, slot: int) -> slice:
+        width = self.search.width
+        return slice(slot * width, (slot + 1) * width)
 
     def look(self, context: Context) -> list[bool]:
         """Some steps for the first slots, those of `context`; then whether each goes on."""
@@ -137,14 +160,15 @@ class _ContextSlots:
     def __init__(self, decoder: Decoder, num_slots: int, *, absorb: bool):
         self.decoder, self.num_slots, self.absorb = decoder, num_slots, absorb
         self.capacity = 0
-        self.layers: list[Tensor] = []  # (slots, capacity, ...) each
+        self.layers: list[Tensor] = []  # (slots, capacity, ...) each; one where all layers attend to the tokens
         self.mask: Tensor | None = None  # (slots, capacity); None as long as all items fill their slots
 
     def put(self, slot: int, tokens: Tensor, mask: Tensor | None) -> None:
         """Project an item's tokens (K, D), with mask (K,), into a slot."""
         length = len(tokens)
         self._make_room(tokens, is_masked=mask is not None)
-        for i, made in enumerate(self.decoder.project_layers(tokens[None], absorb=self.absorb)):
+        made_of = [tokens[None]] if self.absorb else self.decoder.project_layers(tokens[None])
+        for i, made in enumerate(made_of):
             if i == len(self.layers):
                 self.layers.append(_storage(made, self.num_slots, self.capacity))
             self.layers[i][slot, :length] = made[0]
@@ -168,7 +192,8 @@ class _ContextSlots:
 
     def first(self, num_slots: int) -> Context:
         """The contexts of the first slots."""
-        return Context(self.layers, self.mask).select(slice(num_slots))
+        layers = self.layers * len(self.decoder.layers) if self.absorb else self.layers
+        return Context(layers, self.mask).select(slice(num_slots))
 
 
 def _storage(like: Tensor, num_slots: int, capacity: int) -> Tensor:

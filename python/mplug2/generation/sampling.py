@@ -88,7 +88,8 @@ def sample(
     """`num_samples` draws for every item of `context`, best first; the score is the mean log-probability per token.
 
     Args:
-        min_length, max_length: new tokens at least and at most, end token included.
+        min_length: the end token is not drawn among the first min_length new tokens.
+        max_length: new tokens at most, end token included.
         options: num_samples, temperature, top_k, top_p, seed: see `Sampling`; prefix: ids (B, P) to continue, default
             the start token alone.
     """

@@ -23,7 +23,8 @@ class ManyFiles:
     """One process's run over `sources` into `out`; each method does one kind of work and returns the exit status: 0,
     1 where a file was bad, 2 where something did not fit.
 
-    Under torchrun every process takes its share of --shard, and bad files alone give 0. ValueError: --shard is not i/n.
+    Under torchrun every process takes its share of --shard, and bad files alone give 0. ValueError: --shard is not i/n,
+    or the processes of torchrun would share standard input.
     """
 
     def __init__(
@@ -37,8 +38,11 @@ class ManyFiles:
         questions: tuple[str, ...],
         console: Console,
     ) -> None:
+        world_size = int(os.environ.get("WORLD_SIZE", 1))
+        if world_size > 1 and "-" in sources:
+            raise ValueError("-: torchrun's processes share one standard input, each would see parts of it; use a file")
         self._sources = sources
-        self._share = Share.parse(shard).split(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+        self._share = Share.parse(shard).split(int(os.environ.get("RANK", 0)), world_size)
         self._out = part_name(out, self._share)
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self._num_workers, self._batch_size = num_workers or max(1, cores), batch_size
@@ -59,10 +63,12 @@ class ManyFiles:
         with ExitStack() as opened:
 
             def work(results: ResultsFile) -> Work:
-                width, path = model.config.text.width, self._out.with_suffix(".npy")
-                features = FeaturesFile(path, num_rows=results.num_rows, width=width)
+                features = FeaturesFile(path, num_rows=results.num_rows, width=model.config.text.width)
                 return Embedding(opened.enter_context(features), normalize)
 
+            path = self._out.with_suffix(".npy")
+            if path == self._out:
+                return self._fail(f"{path}: is where the features go; name a .jsonl file for the lines about them")
             return self._run(model, work)
 
     def _items(self) -> Iterator[Item]:
@@ -84,11 +90,14 @@ class ManyFiles:
                     num_workers=self._num_workers, batch_size=self._batch_size, on_line=bar.advance,
                 )  # fmt: skip
         except (ValueError, OSError) as e:
-            self._console.print(str(e), style="red", markup=False, highlight=False, soft_wrap=True)
-            return 2
+            return self._fail(str(e))
         self._console.print(f"{self._out}: {summary}", markup=False, highlight=False, soft_wrap=True)
         is_part = "TORCHELASTIC_RUN_ID" in os.environ  # torchrun ends all processes when one returns another status
         return 1 if summary.num_bad and not is_part else 0
+
+    def _fail(self, text: str) -> int:
+        self._console.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
+        return 2
 
 
 def part_name(out: Path, share: Share) -> Path:

@@ -15,14 +15,15 @@ class FeaturesFile:
     A row is written before its line, so every line has its row; rows without a line, left by a kill, are cut off when
     the file is opened again. The header's count of rows follows every row.
 
-    num_rows: rows that lines are there for. ValueError: the file does not hold as many rows of this width and dtype.
+    num_rows: rows that lines are there for. ValueError: what is there is not such a file of as many rows, of this width
+    and dtype.
     """
 
     def __init__(self, path: str | Path, *, num_rows: int, width: int, dtype: str = "float32") -> None:
         self.path, self.num_rows = Path(path), num_rows
         self._width, self._dtype = width, np.dtype(dtype).newbyteorder("<")
         self._start = len(self._header(0))
-        if num_rows:
+        if num_rows or (self.path.exists() and self.path.stat().st_size):
             self._check()
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         os.ftruncate(self._file, self._start + num_rows * width * self._dtype.itemsize)
@@ -57,8 +58,11 @@ class FeaturesFile:
     def _check(self) -> None:
         row = self._width * self._dtype.itemsize
         with open(self.path, "rb") as file:
-            np.lib.format.read_magic(file)
-            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            try:
+                np.lib.format.read_magic(file)
+                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            except ValueError as e:
+                raise ValueError(f"{self.path}: is no .npy file of features ({e}); name another file") from None
             held = (os.path.getsize(self.path) - file.tell()) // row
         if dtype != self._dtype or shape[1:] != (self._width,) or held < self.num_rows:
             raise ValueError(

@@ -33,8 +33,13 @@ def caption(
         paths: paths that every node can read, or a dataset with a column "file" (others are kept).
         model: name or folder, as for `create_model`; create: its other options (weights, dtype as a torch.dtype, ...).
         num_actors: models; each has num_gpus GPUs and num_cpus cores.
-        options: as for `Model.caption` (beam_size, ...).
+        options: as for `Model.caption` (beam_size, ...), but one caption a file.
+
+    Raises:
+        ValueError: several captions are asked for.
     """
+    if options.get("num_captions", 1) != 1:
+        raise ValueError(f"ray caption: num_captions must be 1, a row holds one, got {options['num_captions']}")
     rows = paths if isinstance(paths, ray.data.Dataset) else ray.data.from_items([{"file": path} for path in paths])
     return rows.map_batches(
         _Captioner,

@@ -99,6 +99,8 @@ class Reader:
                     self._put((item, item.error))
                     continue
                 if worker is None or not worker.is_alive:
+                    if worker is not None:
+                        self._workers.remove(worker)  # it holds file descriptors
                     worker = _Worker(*self._job)
                     self._workers.append(worker)
                 found = worker.read(item, self._timeout)

@@ -20,7 +20,7 @@ class ResultsFile:
     again. Names are remembered by 64-bit digests, some 70 bytes each.
 
     num_good, num_bad: lines without and with "error", those that were there before included. num_before: lines that
-    were there when it was opened. num_rows: lines with "row" (see `FeaturesFile`).
+    were there when it was opened. num_rows: one more than the largest "row" of a line (see `FeaturesFile`).
 
     ValueError: another process writes the file, or it holds something else.
     """
@@ -72,7 +72,7 @@ class ResultsFile:
             self.num_bad += 1
         else:
             self.num_good += 1
-        self.num_rows += "row" in fields
+        self.num_rows = max(self.num_rows, fields.get("row", -1) + 1)
 
     def _scan(self) -> int:
         """Learn what is done; returns how many bytes are whole lines."""

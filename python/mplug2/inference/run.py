@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import ClassVar, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,11 +21,17 @@ from mplug2.model import Model
 from mplug2.tasks import captioning, question_answering
 
 Clip = tuple[Item, Tensor]  # frames uint8 (T, size, size, 3)
-Row = tuple[Item, str | None, dict]  # an item, the question asked about it, and what was found
+Row = tuple[Item, str | None, dict]  # an item, the question asked about it, and what was found, or {"error"}
+NOT_FINITE = {"error": "the model's numbers are not finite; try float32 or bfloat16"}
 
 
 class Work(Protocol):
-    """What a model does with clips, taken as they are needed: rows as they are ready, in any order."""
+    """What a model does with clips, taken as they are needed: rows as they are ready, in any order.
+
+    asks: whether it reads an item's questions; else an item has one row, whatever it is asked.
+    """
+
+    asks: ClassVar[bool]
 
     def __call__(self, model: Model, clips: Iterable[Clip], batch_size: int) -> Iterator[Row]: ...
 
@@ -35,6 +43,7 @@ class Captioning:
     options: see `tasks.captioning.stream`.
     """
 
+    asks = False
     num_captions: int = 1
     options: dict = field(default_factory=dict)
 
@@ -45,13 +54,15 @@ class Captioning:
         for number, found in captioning.stream(model.parts, model.tokenizer, visuals, batch_size=batch_size, **options):
             texts, scores = ([*column] for column in zip(*found, strict=True))
             several = {"captions": texts, "scores": scores}
-            yield arrived.pop(number), None, several if len(found) > 1 else {"caption": texts[0], "score": scores[0]}
+            row = several if len(found) > 1 else {"caption": texts[0], "score": scores[0]}
+            yield arrived.pop(number), None, row if all(map(math.isfinite, scores)) else NOT_FINITE
 
 
 @dataclass(frozen=True)
 class Answering:
     """{"question", "answer", "score"} of every question of every file; options: `tasks.question_answering.stream`."""
 
+    asks = True
     options: dict = field(default_factory=dict)
 
     def __call__(self, model: Model, clips: Iterable[Clip], batch_size: int) -> Iterator[Row]:
@@ -63,20 +74,22 @@ class Answering:
             task=model.first_task(question_answering.TASKS), **self.options,
         ):  # fmt: skip
             item, question = arrived.pop(number)
-            yield item, question, {"answer": answer, "score": score}
+            yield item, question, {"answer": answer, "score": score} if math.isfinite(score) else NOT_FINITE
 
 
 @dataclass(frozen=True)
 class Embedding:
     """{"row"} of every file: where its pooled features are in `features`. normalize: to unit length."""
 
+    asks = False
     features: FeaturesFile
     normalize: bool = False
 
     def __call__(self, model: Model, clips: Iterable[Clip], batch_size: int) -> Iterator[Row]:
         for item, visual in _encoded(model, clips, batch_size):
             pooled = torch.nn.functional.normalize(visual[0], dim=-1) if self.normalize else visual[0]
-            yield item, None, {"row": self.features.append(pooled.float().cpu().numpy())}
+            row = pooled.float().cpu().numpy()
+            yield item, None, {"row": self.features.append(row)} if np.isfinite(row).all() else NOT_FINITE
 
 
 @dataclass(frozen=True)
@@ -123,8 +136,9 @@ def run(
     started = time.monotonic()
     num_workers = num_workers or len(os.sched_getaffinity(0))
     report = on_line or (lambda _: None)
+    asked = items if work.asks else (replace(item, questions=()) for item in items)
     reader = Reader(
-        _unclaimed(items, results), model.transform, num_frames=model.config.vision.num_frames,
+        _unclaimed(asked, results), model.transform, num_frames=model.config.vision.num_frames,
         num_workers=num_workers, ahead=2 * batch_size, timeout=timeout,
     )  # fmt: skip
 
@@ -139,6 +153,8 @@ def run(
 
     with reader:
         for item, question, found in work(model, readable(), batch_size):
+            if "error" in found:
+                found = {"error": f"{item.name}: {found['error']}"}
             results.write(item.name, question, **found)
             report(results)
     num_added = results.num_good + results.num_bad - results.num_before

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
+import http.client
+import io
 import json
 import lzma
 import os
@@ -185,6 +186,8 @@ def _parse(line: str, place: str) -> tuple[str, str | None]:
 @contextmanager
 def _opened_list(name: str) -> Iterator[Iterable[str]]:
     if name == "-":
+        if isinstance(sys.stdin, io.TextIOWrapper):  # names as the file system has them, as below
+            sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
         yield sys.stdin
     else:
         with open(name, encoding="utf-8", errors="surrogateescape") as file:
@@ -198,7 +201,7 @@ def _shard(shard: str, questions: tuple[str, ...]) -> Iterator[Item]:
                 if member.isfile() and _is_media(member.name):
                     yield Item(f"{shard}/{member.name}", tar.extractfile(member).read(), questions)
                 tar.members = []  # tarfile keeps every member it has passed
-    except (tarfile.TarError, OSError, EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as e:
+    except (tarfile.TarError, OSError, EOFError, http.client.HTTPException, zlib.error, lzma.LZMAError) as e:
         yield Item(shard, b"", error=f"{shard}: cannot be read to its end ({e}); fetch it again")
 
 

@@ -60,7 +60,7 @@ def stream(
         batch_size: items decoded side by side.
         instruction: text for parts composed with instruction=True; cut to the model's positions.
         prompt: words every caption starts with; they are not part of the result.
-        min_length, max_length: generated pieces, the end token included.
+        min_length, max_length: no end token among the first min_length pieces; pieces at most, end token included.
         decoding: "released", "standard" (see `BeamSearch`) or "sample".
         sampling: options of `generation.Sampling`, for decoding "sample" alone.
         keep_after_end: as the released evaluation, keep words that follow an end token.

@@ -72,7 +72,7 @@ def stream(
         ranking: of a closed list, which answers are compared whole: "released", those of likely first piece; "exact",
             all (see `rank_answers`).
         num_shortlisted: of "released", how many.
-        min_length, max_length: generated pieces, the end token included.
+        min_length, max_length: no end token among the first min_length pieces; pieces at most, end token included.
         keep_after_end: as the released evaluation, keep words that follow an end token.
         absorb: never make the keys and values of the context: less memory, more work a step. Not with `answers`.
     """

@@ -8,7 +8,8 @@
     forced   20 tokens each: encoder, decoding from the visual tokens on (ours: keys and values made in it), and both;
              on a GPU ours also with its steps as a CUDA graph, capture included
     natural  the same where 5 to 20 tokens are written
-    items    32 items, 8 at a time: those that are done make room at once, or when all 8 are done
+    items    32 items, 8 at a time: those that are done make room at once, or when all 8 are done; and the part that
+             both spend alike, projecting keys and values
     memory   peak of one caption in a process of its own, weights included (baselines: 2 tokens, their peak is the same)
 
 Models and inputs: generation_cases.py. Beams of 5, rules "released". On a CPU base and large run without warm-up, their
@@ -138,7 +139,13 @@ def unequal_items(args, dtype: str, model: Model, layer: str) -> None:
             found += beam_search(decoder, decoder.project(batch), **options)
         written["static"] = found
 
-    taken = bench.samples({"ours": flowing, f"batches of {NUM_SLOTS}": static}, args.rounds, **cases.warming(args))
+    def projected() -> None:
+        for item in tokens:
+            for _ in decoder.project_layers(item[None]):
+                pass
+
+    candidates = {"ours": flowing, f"batches of {NUM_SLOTS}": static, "keys and values alone": projected}
+    taken = bench.samples(candidates, args.rounds, **cases.warming(args))
     lengths = new_tokens(written["static"])
     equal = sum(
         abs(written["ours"][i][0][1] - item[0].score) <= cases.TOLERANCES[dtype] * abs(item[0].score)

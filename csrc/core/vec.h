@@ -167,9 +167,7 @@ MPLUG2_INLINE Vec exp_negative(Vec x) {
   return x < -87.33f ? Vec{} : x == x ? scaled : x;
 }
 // e^x for any x; infinity above 88.7.
-MPLUG2_INLINE Vec exp(Vec x) {
-  return x > 88.72f ? splat(__builtin_inff()) : exp_negative(x);
-}
+MPLUG2_INLINE Vec exp(Vec x) { return x > 88.72f ? splat(__builtin_inff()) : exp_negative(x); }
 
 MPLUG2_INLINE Vec reciprocal(Vec x) {
 #if defined(__AVX512F__)

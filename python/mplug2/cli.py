@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import Progress
 
 from mplug2.tasks import captioning, question_answering
+from mplug2.terminal import fail, load_model, many_files, or_exit, print_each, read_lines, say, talk
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False,
     help="Caption and question videos and images with mPLUG-2.",
 )  # fmt: skip
-talk = Console(stderr=True)
 
 
 class Dtype(StrEnum):
@@ -103,8 +99,8 @@ def caption(
 
     `torchrun --nproc-per-node 8 -m mplug2.cli caption "shards/{000..099}.tar" --out captions.jsonl`
     """
-    many = _many(files, out, shard, workers, batch_size, root)
-    loaded = _model(model, captioning.TASKS, weights, random_weights, seed, device, dtype, quantize)
+    many = many_files(files, out, shard, workers, batch_size, root)
+    loaded = load_model(model, captioning.TASKS, weights, random_weights, seed, device, dtype, quantize)
     options = {"prompt": prompt, "beam_size": beam_size, "min_length": min_length, "max_length": max_length}
     if many:
         raise typer.Exit(many.caption(loaded, num_captions=num_captions, **options))
@@ -114,7 +110,7 @@ def caption(
         found = found if num_captions > 1 else [found]
         return [{"file": file, "caption": text, "score": score} for text, score in found]
 
-    _each(files, run, "caption", as_json)
+    print_each(files, run, "caption", as_json)
 
 
 @app.command()
@@ -159,11 +155,11 @@ def ask(
     `mplug2 ask questions.jsonl --root videos --out answers.jsonl` (lines {"file": ..., "question": ...})
     """
     questions = questions or []
-    many = _many([file], out, shard, workers, batch_size, root, questions)
+    many = many_files([file], out, shard, workers, batch_size, root, questions)
     if not questions and not (many and many.has_list):
-        _fail("ask: needs a question, or a *.jsonl list whose lines hold one")
-    choices = _lines(answers) if answers else None
-    loaded = _model(model, question_answering.TASKS, weights, random_weights, seed, device, dtype, quantize)
+        fail("ask: needs a question, or a *.jsonl list whose lines hold one")
+    choices = read_lines(answers) if answers else None
+    loaded = load_model(model, question_answering.TASKS, weights, random_weights, seed, device, dtype, quantize)
     if many:
         raise typer.Exit(many.answer(loaded, answers=choices, ranking=ranking))
 
@@ -175,7 +171,7 @@ def ask(
             for question, (answer, score) in zip(asked, found, strict=True)
         ]
 
-    _each([file], run, "answer", as_json)
+    print_each([file], run, "answer", as_json)
 
 
 @app.command()
@@ -204,10 +200,10 @@ def embed(
 
     `mplug2 embed --normalize videos/ --out features.jsonl` (and features.npy)
     """
-    many = _many(files or (), out, shard, workers, batch_size, root)
+    many = many_files(files or (), out, shard, workers, batch_size, root)
     if many and texts:
-        _fail("embed: --text and --out exclude each other; print the features of texts in a run of their own")
-    loaded = _model(model, ["feature-extraction"] if texts else None, weights, random_weights, seed, device, dtype)
+        fail("embed: --text and --out exclude each other; print the features of texts in a run of their own")
+    loaded = load_model(model, ["feature-extraction"] if texts else None, weights, random_weights, seed, device, dtype)
     if many:
         raise typer.Exit(many.embed(loaded, normalize=normalize))
 
@@ -217,7 +213,7 @@ def embed(
     for text in texts or ():
         features = loaded.encode_text(text, normalize=normalize)[0].tolist()
         print(json.dumps({"text": text, "embedding": features}), flush=True)
-    _each(files or (), run, "embedding", as_json=True)
+    print_each(files or (), run, "embedding", as_json=True)
 
 
 @app.command()
@@ -238,14 +234,14 @@ def convert(
 
     from mplug2.model import create_model
 
-    loaded = _or_exit(
+    loaded = or_exit(
         lambda: create_model(
             model, task=task or ["video-captioning"], weights=released, dtype=getattr(torch, dtype.value)
         )
     )
-    _say(f"{released}: {loaded.load_report}")
-    _or_exit(lambda: loaded.save(folder))
-    _say(f"wrote {folder}")
+    say(f"{released}: {loaded.load_report}")
+    or_exit(lambda: loaded.save(folder))
+    say(f"wrote {folder}")
 
 
 PICTURES = "Folder of the Fashion-MNIST idx files; Debian has them in the package dataset-fashion-mnist."
@@ -269,8 +265,8 @@ def draw(
     from mplug2.data.clothes.folder import write_folder
 
     options = {"split": split, "triples": triples, "num_clips": num_clips, "seed": seed}
-    _or_exit(lambda: write_folder(folder, pictures, **options))
-    _say(f"wrote {folder}")
+    or_exit(lambda: write_folder(folder, pictures, **options))
+    say(f"wrote {folder}")
 
 
 @app.command()
@@ -289,8 +285,8 @@ def train(
     from mplug2.training.recipe import read_recipe
     from mplug2.training.train import train as run
 
-    folder = _or_exit(lambda: run(read_recipe(recipe), pictures, out, resume=resume))
-    _say(f"wrote {folder}; try it: mplug2 caption --model {folder} clip.mp4")
+    folder = or_exit(lambda: run(read_recipe(recipe), pictures, out, resume=resume))
+    say(f"wrote {folder}; try it: mplug2 caption --model {folder} clip.mp4")
 
 
 @app.command()
@@ -314,9 +310,9 @@ def evaluate(
     """
     from mplug2.evaluation.run import evaluate as measure
 
-    loaded = _model(model, [task], weights, False, 0, device, dtype, quantize)
+    loaded = load_model(model, [task], weights, False, 0, device, dtype, quantize)
     options = {"metric": metric, "predictions": predictions, "progress": talk.is_terminal}
-    shares = _or_exit(lambda: measure(loaded, task, folder, **options))
+    shares = or_exit(lambda: measure(loaded, task, folder, **options))
     if as_json:
         print(json.dumps({name: {"right": share.right, "of": share.of} for name, share in shares.items()}))
         return
@@ -360,121 +356,6 @@ def doctor(
     from mplug2 import doctor as proving
 
     proving.doctor(as_json=as_json, op=op, write=write)
-
-
-def _model(
-    name: str,
-    tasks: Sequence[str] | None,
-    weights,
-    random_weights: bool,
-    seed: int,
-    device: str,
-    dtype: Dtype,
-    quantize: Quantize | None = None,
-):
-    """The named model for those of `tasks` that its config lists, else for the first of them (None: all it lists);
-    what does not fit is one line and status 2."""
-    import torch
-
-    from mplug2.model import create_model, resolve
-
-    def create():
-        torch.manual_seed(seed)
-        own = [task for task in tasks if task in resolve(name)[1].tasks] or tasks[:1] if tasks else None
-        number = getattr(torch, dtype.value)
-        return create_model(
-            name, task=own, weights=weights, random_weights=random_weights, device=_device(device), dtype=number,
-            quantize=quantize,
-        )  # fmt: skip
-
-    loaded = _or_exit(create)
-    if loaded.load_report is None:
-        _say(f"{name}: random weights, untrained: what it says means nothing", style="yellow")
-    else:
-        _say(f"{weights or name}: {loaded.load_report}", style="dim")
-    return loaded
-
-
-def _device(name: str):
-    """The torch device of a name; ValueError where this machine does not have it."""
-    import torch
-
-    if name == "auto":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device: unknown device {name!r}; use auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device: {name} is not there; this machine has {torch.cuda.device_count()} CUDA devices")
-    return device
-
-
-def _many(files: Sequence[str], out: Path | None, shard: str, workers, batch_size: int, root: str, questions=()):
-    """The run over many files that the options ask for, or None; what does not fit is one line and status 2."""
-    from mplug2.inference.command import ManyFiles
-    from mplug2.inference.sources import is_many
-
-    if out is None:
-        folders = [file for file in files if is_many(file)]
-        if folders:
-            _fail(f"{folders[0]}: holds many files; name a file for the results (--out results.jsonl)")
-        if shard != "0/1" or workers or root:
-            _fail("--shard, --workers and --root go with --out")
-        return None
-    if not files:
-        _fail("--out: needs files, folders, lists or shards to read")
-    return _or_exit(lambda: ManyFiles(files, out, shard, workers, batch_size, root, tuple(questions), talk))
-
-
-def _each(files: Iterable[str], run: Callable[[str], list[dict]], key: str, as_json: bool) -> None:
-    """Print the results of every file as they come; a file that cannot be read is reported and the others go on."""
-    failed = False
-    with Progress(console=talk, transient=True, disable=not talk.is_terminal) as progress:
-        for file in progress.track(list(files), description=key):
-            try:
-                results = run(file)
-            except ValueError as e:  # MediaError is one
-                failed = True
-                if as_json:
-                    print(json.dumps({"file": file, "error": str(e)}), flush=True)
-                else:
-                    _say(str(e), style="red")
-                continue
-            for result in results:
-                print(json.dumps(result) if as_json else _line(result, key), flush=True)
-    if failed:
-        raise typer.Exit(1)
-
-
-def _say(text: str, style: str | None = None) -> None:
-    talk.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
-
-
-def _line(result: dict, key: str) -> str:
-    return f"{result['file']}: {result[key]}"
-
-
-def _lines(path: Path) -> list[str]:
-    lines = _or_exit(lambda: path.read_text(encoding="utf-8").splitlines())
-    choices = [line.strip() for line in lines if line.strip()]
-    if not choices:
-        _fail(f"{path}: holds no answers; write one per line")
-    return choices
-
-
-def _fail(text: str) -> NoReturn:
-    """End with status 2 and one line."""
-    _say(text, style="red")
-    raise typer.Exit(2)
-
-
-def _or_exit(run: Callable):
-    """Run, or end with status 2 and the one line that says what does not fit."""
-    try:
-        return run()
-    except (ValueError, OSError) as e:
-        _fail(str(e))
 
 
 def main() -> None:

@@ -219,7 +219,8 @@ def test_instruction_sets_agree(name, dtype):
         actual = layer(x, activation="gelu", residual=residual)
     torch.testing.assert_close(scales_again, scales, rtol=1e-6, atol=0)
     assert (again.int() - rounded.int()).abs().max() <= 1  # halves, by one rounding of the product or two
-    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2 * expected.abs().max().item())
+    error = (actual - expected).float().abs().amax(1)  # row by row: the first is a thousand times as large
+    assert (error <= 1e-2 * expected.float().abs().amax(1)).all()
 
 
 def test_compiled_passes_refuse_what_they_cannot_read():

@@ -60,15 +60,15 @@ class Int8Linear(nn.Module):
             )
         if activation not in ACTIVATIONS:
             raise ValueError(f"int8 linear: activation must be None, 'gelu' or 'quick_gelu', got {activation!r}")
-        out = x.new_empty(*x.shape[:-1], self.out_features)
-        if residual is not None and (residual.shape, residual.dtype) != (out.shape, out.dtype):
+        shape = (*x.shape[:-1], self.out_features)
+        if residual is not None and (residual.shape, residual.dtype) != (shape, x.dtype):
             raise ValueError(
-                f"int8 linear: residual must be {out.dtype} {list(out.shape)}, got {residual.dtype} "
-                f"{list(residual.shape)}"
+                f"int8 linear: residual must be {x.dtype} {list(shape)}, got {residual.dtype} {list(residual.shape)}"
             )
         if x.dtype == torch.float16:  # has no compiled passes
             added = None if residual is None else residual.float()
             return self(x.float(), activation=activation, residual=added).half()
+        out = x.new_empty(shape)
         rows = x.reshape(-1, self.in_features).split(_ROWS)
         outs = out.view(-1, self.out_features).split(_ROWS)
         added = [None] * len(rows) if residual is None else residual.reshape(-1, self.out_features).split(_ROWS)

@@ -84,7 +84,7 @@ class ManyFiles:
         try:
             with ResultsFile(self._out) as results, _Bar(self._console, results) as bar:
                 if not any(source == "-" or is_shards(source) for source in self._sources):
-                    bar.count(self._items())
+                    bar.count(self._items(), asks=items is not None)
                 summary = run(
                     model, self._items() if items is None else items, make_work(results), results,
                     num_workers=self._num_workers, batch_size=self._batch_size, on_line=bar.advance,
@@ -124,14 +124,14 @@ class _Bar:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def count(self, items: Iterator[Item]) -> None:
-        """Count the lines to come, beside the work: the start does not wait for it."""
+    def count(self, items: Iterator[Item], *, asks: bool) -> None:
+        """Count the lines to come, one a file or one a question, beside the work: the start does not wait for it."""
         if self._progress.disable:
             return
 
         def work() -> None:
             with suppress(ValueError, OSError):  # the run itself meets them and says so
-                self._progress.update(self._task, total=sum(len(item.questions) or 1 for item in items))
+                self._progress.update(self._task, total=sum((asks and len(item.questions)) or 1 for item in items))
 
         threading.Thread(target=work, daemon=True).start()
 

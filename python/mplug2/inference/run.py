@@ -22,7 +22,7 @@ from mplug2.tasks import captioning, question_answering
 
 Clip = tuple[Item, Tensor]  # frames uint8 (T, size, size, 3)
 Row = tuple[Item, str | None, dict]  # an item, the question asked about it, and what was found, or {"error"}
-NOT_FINITE = {"error": "the model's numbers are not finite; try float32 or bfloat16"}
+NOT_FINITE = {"error": "the model's numbers are not finite; float16 may overflow where float32 and bfloat16 do not"}
 
 
 class Work(Protocol):
